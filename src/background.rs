@@ -1,0 +1,131 @@
+//! The watcher's way into the pool: what the account files say now, and what
+//! was left to be put right. Runs on the watcher's thread, takes the server's
+//! lock for a moment at a time.
+
+use crate::accounts::{Change, Scan, Sink};
+use crate::ffi::{self, Gil};
+use crate::node::{self, Node, SETTLE_LIMIT};
+use crate::pool::{File, Tier};
+use redis_module::ContextFlags;
+use redis_module::logging::RedisLogLevel;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Changes brought in under one hold of the lock.
+const BATCH: usize = 64;
+
+/// Takes changes of account files into the pool.
+#[derive(Debug)]
+pub(crate) struct Background {
+    pub(crate) stopping: Arc<AtomicBool>,
+}
+
+impl Background {
+    fn lock(&self) -> Option<Gil> {
+        Gil::take(|| self.stopping.load(Ordering::Relaxed))
+    }
+}
+
+impl Sink for Background {
+    fn apply(&mut self, scan: Scan) {
+        let mut changes = scan.changes.into_iter().peekable();
+        while changes.peek().is_some() {
+            let Some(gil) = self.lock() else { return };
+            let done = node::with(|node| {
+                for change in changes.by_ref().take(BATCH) {
+                    enter(node, change);
+                }
+            });
+            if done.is_err() {
+                return;
+            }
+            // A holder whose account is gone must find another at its very next
+            // acquire, and everyone else its slots: so with the change itself.
+            put_right(&gil);
+        }
+        if scan.complete {
+            let Some(_gil) = self.lock() else { return };
+            let _ = node::with(|node| trust(node, scan.readable));
+        }
+        self.settle();
+    }
+
+    fn settle(&mut self) -> bool {
+        loop {
+            let Some(gil) = self.lock() else { return false };
+            match put_right(&gil) {
+                Progress::Done => return false,
+                Progress::More => {}
+                Progress::NotNow => return true,
+            }
+        }
+    }
+
+    fn warn(&mut self, message: String) {
+        ffi::log(RedisLogLevel::Warning, &message);
+    }
+}
+
+enum Progress {
+    Done,
+    More,
+    /// This server may not be written to at the moment.
+    NotNow,
+}
+
+fn put_right(gil: &Gil) -> Progress {
+    let flags = gil.ctx.get_flags();
+    if !flags.contains(ContextFlags::MASTER) {
+        // The primary puts things right; they come from there.
+        return Progress::Done;
+    }
+    if flags.contains(ContextFlags::LOADING) || ffi::must_not_write() {
+        return Progress::NotNow;
+    }
+    let outcome = ffi::guarded("putting things right", || {
+        node::ensure_sound(&gil.ctx)?;
+        node::settle(&gil.ctx, SETTLE_LIMIT)
+    });
+    match outcome {
+        Some(Ok(true)) => Progress::More,
+        Some(Ok(false) | Err(_)) | None => Progress::Done,
+    }
+}
+
+/// Brings one change of a file into the node.
+pub(crate) fn enter(node: &mut Node, change: Change) {
+    match change {
+        Change::Valid { tier, name, credential } => node.pool.set_file(tier, &name, File::Valid(credential)),
+        Change::Invalid { tier, name, reason } => {
+            let message = format!("account file {tier}/{name}.json can't be used: {reason}");
+            ffi::log(RedisLogLevel::Warning, &message);
+            node.pool.set_file(tier, &name, File::Invalid(reason));
+        }
+        Change::BadName { tier, file } => {
+            let message = format!("account file {tier}/{file} can't be used: {BAD_NAME}");
+            ffi::log(RedisLogLevel::Warning, &message);
+            node.bad_names.insert((tier, file), BAD_NAME);
+        }
+        Change::Gone { tier, file } => {
+            if node.bad_names.remove(&(tier, file.clone())).is_none() {
+                node.pool.set_file(tier, &file, File::Absent);
+            }
+        }
+    }
+}
+
+/// After a look at all folders: those that could be read say which accounts
+/// there are not, unless this server has followed another.
+pub(crate) fn trust(node: &mut Node, readable: [bool; 3]) {
+    if !node.always_primary {
+        return;
+    }
+    for (tier, readable) in Tier::ALL.into_iter().zip(readable) {
+        if readable {
+            node.pool.set_trusts_folder(tier, true);
+        }
+    }
+}
+
+/// Why a file whose name can't be an account's isn't used.
+pub(crate) const BAD_NAME: &str = "its name must be 1 to 128 of A-Z a-z 0-9 . _ @ + - before .json";

@@ -1,0 +1,131 @@
+//! The commands, a file each: parse the arguments, ask the pool, have the
+//! store write, reply. What several of them share is here.
+
+mod acquire;
+mod cooldown;
+mod keygen;
+#[cfg(debug_assertions)]
+mod panic;
+mod release;
+mod reload;
+mod repair;
+mod revoke;
+mod status;
+
+pub(crate) use acquire::Acquire;
+pub(crate) use cooldown::Cooldown;
+pub(crate) use keygen::Keygen;
+#[cfg(debug_assertions)]
+pub(crate) use panic::Panic;
+pub(crate) use release::Release;
+pub(crate) use reload::Reload;
+pub(crate) use repair::Repair;
+pub(crate) use revoke::Revoke;
+pub(crate) use status::Status;
+
+use crate::errors::Failure;
+use crate::ffi::{Arg, ArgKind, Call, Reply};
+use crate::node;
+use crate::pool::{MAX_INSTANT, Tier, names};
+
+const KEY: Arg = Arg::new(c"key", ArgKind::Text);
+const NOW: Arg = Arg::new(c"now", ArgKind::Instant);
+const NOW_OPTION: Arg = Arg::new(c"now", ArgKind::Instant).token(c"NOW").optional();
+const TIER: Arg = Arg::new(c"tier", ArgKind::Text);
+const ACCOUNT: Arg = Arg::new(c"account", ArgKind::Text);
+
+const SYNTAX: Failure = Failure::Syntax("syntax error; COMMAND DOCS shows what this command takes");
+
+/// A client key. It is kept out of the server's logs from here on.
+fn key<'a>(call: &Call<'a>, place: usize) -> Result<&'a str, Failure> {
+    call.redact(place);
+    let key = call.arg(place).and_then(names::client_key);
+    key.ok_or(Failure::Syntax("a client key is 1 to 256 visible ASCII characters"))
+}
+
+/// An instant in unix ms; `*` is this server's clock.
+fn now(bytes: Option<&[u8]>) -> Result<i64, Failure> {
+    if bytes == Some(b"*") {
+        return Ok(node::clock());
+    }
+    let expected = "now must be unix time in milliseconds, from 0 to 253402300799999, or * for the server's clock";
+    number(bytes, 0, MAX_INSTANT).ok_or(Failure::Syntax(expected))
+}
+
+/// A decimal number within bounds, without sign or blanks.
+fn number(bytes: Option<&[u8]>, min: i64, max: i64) -> Option<i64> {
+    let bytes = bytes.filter(|bytes| bytes.iter().all(u8::is_ascii_digit))?;
+    let number = std::str::from_utf8(bytes).ok()?.parse().ok()?;
+    (min..=max).contains(&number).then_some(number)
+}
+
+fn tier(bytes: Option<&[u8]>) -> Result<Tier, Failure> {
+    let tier = bytes.and_then(Tier::parse);
+    tier.ok_or(Failure::Syntax("tier must be medium, high or supreme"))
+}
+
+fn account(bytes: Option<&[u8]>) -> Result<&str, Failure> {
+    let account = bytes.and_then(names::account_name);
+    account.ok_or(Failure::Syntax("an account's name is 1 to 128 of A-Z a-z 0-9 . _ @ + -"))
+}
+
+fn text<'a>(bytes: Option<&'a [u8]>, expected: &'static str) -> Result<&'a str, Failure> {
+    bytes.and_then(names::text).ok_or(Failure::Syntax(expected))
+}
+
+/// The named options at the end of a command, each with a value. Answers them
+/// in the order of `words`; a word that isn't there twice or unknown is an error.
+fn options<'a, const N: usize>(call: &Call<'a>, from: usize, words: [&str; N]) -> Result<[Option<&'a [u8]>; N], Failure> {
+    let mut found = [None; N];
+    let mut place = from;
+    while let Some(word) = call.arg(place) {
+        let known = words.iter().position(|known| word.eq_ignore_ascii_case(known.as_bytes()));
+        let slot = known.and_then(|known| found.get_mut(known)).filter(|slot| slot.is_none());
+        let (Some(slot), Some(value)) = (slot, call.arg(place + 1)) else {
+            return Err(SYNTAX);
+        };
+        *slot = Some(value);
+        place += 2;
+    }
+    Ok(found)
+}
+
+/// Values as replies have them: a missing one is null.
+trait ReplyExt {
+    fn text_or_null(&self, text: Option<&str>);
+    fn integer_or_null(&self, number: Option<i64>);
+    fn field_text(&self, name: &str, text: Option<&str>);
+    fn field_integer(&self, name: &str, number: Option<i64>);
+    fn field_count(&self, name: &str, count: u64);
+}
+
+impl ReplyExt for Reply {
+    fn text_or_null(&self, text: Option<&str>) {
+        match text {
+            Some(text) => self.text(text),
+            None => self.null(),
+        }
+    }
+
+    fn integer_or_null(&self, number: Option<i64>) {
+        match number {
+            Some(number) => self.integer(number),
+            None => self.null(),
+        }
+    }
+
+    fn field_text(&self, name: &str, text: Option<&str>) {
+        self.text(name);
+        self.text_or_null(text);
+    }
+
+    fn field_integer(&self, name: &str, number: Option<i64>) {
+        self.text(name);
+        self.integer_or_null(number);
+    }
+
+    fn field_count(&self, name: &str, count: u64) {
+        self.text(name);
+        self.integer(i64::try_from(count).unwrap_or(i64::MAX));
+    }
+}

@@ -1,0 +1,92 @@
+//! What Redis tells the module: keys that changed, databases emptied or
+//! swapped, a new role. All of it goes into the view, from which commands
+//! answer; nothing is written here.
+
+use crate::ffi;
+use crate::node;
+use crate::store::PoolKey;
+use redis_module::logging::RedisLogLevel;
+use redis_module::server_events::{LOADING_SERVER_EVENTS_LIST, LoadingSubevent, ROLE_CHANGED_SERVER_EVENTS_LIST, ServerRole};
+use redis_module::{Context, NotifyEvent};
+
+/// A key has changed, in whatever way: it is read anew.
+pub(crate) fn key_changed(ctx: &Context, _kind: NotifyEvent, _event: &str, name: &[u8]) {
+    let Some(key) = PoolKey::parse(name) else {
+        return;
+    };
+    if !ffi::is_pool_database(ctx) {
+        return;
+    }
+    ffi::guarded("a notification", || {
+        let observation = key.read(ctx);
+        let off = node::with(|node| {
+            observation.enter(&mut node.pool);
+            node.is_primary && node.pool.has_stray_backlog()
+        });
+        if off == Ok(true) {
+            node::with_watcher(crate::accounts::Watcher::wake);
+        }
+    });
+}
+
+/// The pool's database is empty now.
+pub(crate) fn flushed() {
+    let emptied = node::with(|node| node.pool = node.pool.without_keyspace());
+    if emptied.is_ok() {
+        node::with_watcher(crate::accounts::Watcher::wake);
+    }
+}
+
+/// Another database is the pool's now.
+pub(crate) fn swapped(ctx: &Context) {
+    let Ok(pool) = node::rebuilt(ctx) else {
+        return node::suspect();
+    };
+    if node::with(|node| node.pool = pool).is_ok() {
+        node::with_watcher(crate::accounts::Watcher::wake);
+    }
+}
+
+fn role_changed(_ctx: &Context, role: ServerRole) {
+    ffi::guarded("the role event", || {
+        let done = node::with(|node| {
+            node.is_primary = role == ServerRole::Primary;
+            if !node.is_primary {
+                node.always_primary = false;
+                node.pool.follow();
+            }
+        });
+        if done.is_ok() {
+            node::with_watcher(crate::accounts::Watcher::wake);
+        }
+    });
+}
+
+fn loading(_ctx: &Context, event: LoadingSubevent) {
+    if matches!(event, LoadingSubevent::Ended | LoadingSubevent::Failed) {
+        ffi::guarded("the loading event", || {
+            node::with_watcher(crate::accounts::Watcher::wake);
+        });
+    }
+}
+
+#[linkme::distributed_slice(ROLE_CHANGED_SERVER_EVENTS_LIST)]
+static ON_ROLE_CHANGED: fn(&Context, ServerRole) = role_changed;
+
+#[linkme::distributed_slice(LOADING_SERVER_EVENTS_LIST)]
+static ON_LOADING: fn(&Context, LoadingSubevent) = loading;
+
+/// Warns when the server may throw the pool's keys away to make room.
+pub(crate) fn warn_of_eviction(ctx: &Context) {
+    let Ok(reply) = ctx.call("CONFIG", &["GET", "maxmemory-policy"]) else {
+        return;
+    };
+    let policy = format!("{reply:?}");
+    if policy.contains("allkeys-") {
+        ffi::log(
+            RedisLogLevel::Warning,
+            "maxmemory-policy may evict the pool's keys, and leases with them; \
+             set it to noeviction or a volatile-* policy",
+        );
+    }
+}

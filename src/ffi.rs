@@ -1,0 +1,582 @@
+//! Every call into Redis that the crate `redis-module` has no safe form of, and
+//! the entry points that Redis calls. The only file with `unsafe` in it: each
+//! block says what makes it sound. It decides nothing.
+//!
+//! Nothing that happens behind an entry point may unwind into Redis: a panic
+//! becomes an error reply and a line in the log.
+#![allow(unsafe_code)]
+
+use crate::errors::Failure;
+use redis_module::logging::RedisLogLevel;
+use redis_module::{Context, RedisString, Status, raw};
+use std::any::Any;
+use std::cell::Cell;
+use std::ffi::{CStr, CString, c_char, c_int, c_long, c_void};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr::{self, NonNull};
+use std::sync::atomic::{AtomicPtr, Ordering};
+use std::time::Duration;
+
+/// What Redis is told of a command.
+pub(crate) struct Spec {
+    pub(crate) name: &'static CStr,
+    /// Command flags as `RedisModule_CreateCommand` takes them.
+    pub(crate) flags: &'static CStr,
+    /// ACL categories, for servers that let modules name theirs.
+    pub(crate) acl: &'static CStr,
+    /// The number of arguments, the command's name included; negative: at least.
+    pub(crate) arity: c_int,
+    pub(crate) summary: &'static CStr,
+    pub(crate) complexity: &'static CStr,
+    pub(crate) since: &'static CStr,
+    pub(crate) args: &'static [Arg],
+}
+
+/// One argument in a command's documentation.
+#[derive(Clone, Copy)]
+pub(crate) struct Arg {
+    pub(crate) name: &'static CStr,
+    pub(crate) kind: ArgKind,
+    /// The word that introduces the argument.
+    pub(crate) token: Option<&'static CStr>,
+    pub(crate) optional: bool,
+}
+
+#[derive(Clone, Copy)]
+pub(crate) enum ArgKind {
+    Text,
+    Integer,
+    Instant,
+    /// A word that stands for itself.
+    Word,
+    /// One of these.
+    OneOf(&'static [Arg]),
+    /// All of these, in order.
+    Block(&'static [Arg]),
+}
+
+impl Arg {
+    pub(crate) const fn new(name: &'static CStr, kind: ArgKind) -> Self {
+        Self { name, kind, token: None, optional: false }
+    }
+
+    pub(crate) const fn token(self, token: &'static CStr) -> Self {
+        Self { token: Some(token), ..self }
+    }
+
+    pub(crate) const fn optional(self) -> Self {
+        Self { optional: true, ..self }
+    }
+}
+
+/// A command of the module.
+pub(crate) trait Command {
+    const SPEC: Spec;
+
+    /// Carries the command out and replies, or fails with nothing replied.
+    fn run(call: &Call<'_>) -> Result<(), Failure>;
+}
+
+/// One call of a command: its arguments, its context, its reply.
+pub(crate) struct Call<'a> {
+    pub(crate) ctx: Context,
+    argv: &'a [*mut raw::RedisModuleString],
+    replied: Cell<bool>,
+}
+
+impl<'a> Call<'a> {
+    /// The argument at that place; 0 is the command's name.
+    pub(crate) fn arg(&self, place: usize) -> Option<&'a [u8]> {
+        let argument = *self.argv.get(place)?;
+        // Redis keeps the arguments as they are until the command returns, and
+        // 'a ends before that.
+        (!argument.is_null()).then(|| RedisString::string_as_slice(argument))
+    }
+
+    /// The number of arguments, the command's name included.
+    pub(crate) fn len(&self) -> usize {
+        self.argv.len()
+    }
+
+    /// Keeps an argument out of SLOWLOG and MONITOR where the server can.
+    pub(crate) fn redact(&self, place: usize) {
+        // SAFETY: a plain call with this command's own context. The symbol is
+        // absent on servers before 7.0 and then not called.
+        unsafe {
+            if let (Some(redact), Ok(place)) = (raw::RedisModule_RedactClientCommandArgument, c_int::try_from(place)) {
+                redact(self.ctx.ctx, place);
+            }
+        }
+    }
+
+    /// The reply to this call. To be asked for once everything that can fail
+    /// is over.
+    pub(crate) fn reply(&self) -> Reply {
+        self.replied.set(true);
+        Reply { ctx: self.ctx.ctx }
+    }
+
+    /// Puts the client on hold; the reply is given later, from any thread.
+    pub(crate) fn block(&self) -> Blocked {
+        self.replied.set(true);
+        // SAFETY: called from within a command, with its context; no callbacks
+        // are given, so none can outlive what they use.
+        let client = unsafe {
+            raw::RedisModule_BlockClient.and_then(|block| NonNull::new(block(self.ctx.ctx, None, None, None, 0)))
+        };
+        Blocked { client }
+    }
+}
+
+/// A client on hold. Dropping it lets the client go on.
+pub(crate) struct Blocked {
+    client: Option<NonNull<raw::RedisModuleBlockedClient>>,
+}
+
+// SAFETY: Redis allows a blocked client's handle to be used from any thread.
+unsafe impl Send for Blocked {}
+
+impl Blocked {
+    /// Gives the client its reply.
+    pub(crate) fn reply(self, write: impl FnOnce(&Reply)) {
+        let Some(client) = self.client else { return };
+        // SAFETY: a thread-safe context of a live handle, used only for replies
+        // (which need no lock) and freed here.
+        unsafe {
+            if let (Some(open), Some(close)) = (raw::RedisModule_GetThreadSafeContext, raw::RedisModule_FreeThreadSafeContext) {
+                let ctx = open(client.as_ptr());
+                let written = catch_unwind(AssertUnwindSafe(|| write(&Reply { ctx })));
+                close(ctx);
+                if let Err(panic) = written {
+                    log_panic("a delayed reply", &*panic);
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Blocked {
+    fn drop(&mut self) {
+        // SAFETY: the handle is live until this very call, which happens once.
+        unsafe {
+            if let (Some(client), Some(unblock)) = (self.client.take(), raw::RedisModule_UnblockClient) {
+                unblock(client.as_ptr(), ptr::null_mut());
+            }
+        }
+    }
+}
+
+/// Writes a reply, value after value: a map of n pairs is followed by 2 n values.
+pub(crate) struct Reply {
+    ctx: *mut raw::RedisModuleCtx,
+}
+
+impl Reply {
+    pub(crate) fn map(&self, pairs: usize) {
+        raw::reply_with_map(self.ctx, pairs as c_long);
+    }
+
+    pub(crate) fn array(&self, length: usize) {
+        raw::reply_with_array(self.ctx, length as c_long);
+    }
+
+    pub(crate) fn text(&self, text: &str) {
+        raw::reply_with_string_buffer(self.ctx, text.as_ptr().cast::<c_char>(), text.len());
+    }
+
+    pub(crate) fn bytes(&self, bytes: &[u8]) {
+        raw::reply_with_string_buffer(self.ctx, bytes.as_ptr().cast::<c_char>(), bytes.len());
+    }
+
+    pub(crate) fn integer(&self, number: i64) {
+        raw::reply_with_long_long(self.ctx, number);
+    }
+
+    pub(crate) fn null(&self) {
+        raw::reply_with_null(self.ctx);
+    }
+
+    pub(crate) fn error(&self, failure: &Failure) {
+        let text = CString::new(failure.to_string()).unwrap_or_default();
+        // SAFETY: a live context and a string that outlives the call.
+        unsafe {
+            if let Some(reply) = raw::RedisModule_ReplyWithError {
+                reply(self.ctx, text.as_ptr());
+            }
+        }
+    }
+}
+
+/// Runs something that Redis called for; a panic ends there.
+pub(crate) fn guarded<R>(what: &str, run: impl FnOnce() -> R) -> Option<R> {
+    match catch_unwind(AssertUnwindSafe(run)) {
+        Ok(result) => Some(result),
+        Err(panic) => {
+            log_panic(what, &*panic);
+            crate::node::suspect();
+            None
+        }
+    }
+}
+
+fn log_panic(what: &str, panic: &(dyn Any + Send)) {
+    let text = panic.downcast_ref::<&str>().copied();
+    let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    let text = text.unwrap_or("no message");
+    log(RedisLogLevel::Warning, &format!("panic in {what}, which is a bug: {text}"));
+}
+
+/// A line in Redis's log. The server takes the text as a C format, so what
+/// would be special there is made plain.
+pub(crate) fn log(level: RedisLogLevel, message: &str) {
+    let plain: String = message.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    let ctx = Context::new(DETACHED.load(Ordering::Acquire));
+    ctx.log(level, &plain.replace('%', "%%"));
+}
+
+extern "C" fn run_command<C: Command>(
+    ctx: *mut raw::RedisModuleCtx,
+    argv: *mut *mut raw::RedisModuleString,
+    argc: c_int,
+) -> c_int {
+    let argv = match usize::try_from(argc) {
+        // SAFETY: Redis passes `argc` arguments that live as long as the call.
+        Ok(argc) if !argv.is_null() => unsafe { std::slice::from_raw_parts(argv, argc) },
+        _ => &[],
+    };
+    let call = Call { ctx: Context::new(ctx), argv, replied: Cell::new(false) };
+    let arity = C::SPEC.arity;
+    let fits = if arity < 0 { argc >= -arity } else { argc == arity };
+    if !fits {
+        // SAFETY: a plain call with this command's own context.
+        unsafe {
+            if let Some(wrong_arity) = raw::RedisModule_WrongArity {
+                wrong_arity(ctx);
+            }
+        }
+        return Status::Ok as c_int;
+    }
+    let database = Database::zero(ctx);
+    let outcome = guarded(C::SPEC.name.to_str().unwrap_or_default(), || C::run(&call));
+    drop(database);
+    let failure = match outcome {
+        Some(Ok(())) => return Status::Ok as c_int,
+        Some(Err(failure)) => failure,
+        None => Failure::Internal,
+    };
+    if !call.replied.get() {
+        call.reply().error(&failure);
+    }
+    Status::Ok as c_int
+}
+
+/// The pool lives in database 0 whichever one the client has selected, which
+/// is given back to it at the end.
+struct Database {
+    ctx: *mut raw::RedisModuleCtx,
+    selected: c_int,
+}
+
+impl Database {
+    fn zero(ctx: *mut raw::RedisModuleCtx) -> Self {
+        let selected = selected_database(ctx);
+        let database = Self { ctx, selected };
+        if selected != 0 {
+            database.select(0);
+        }
+        database
+    }
+
+    fn select(&self, number: c_int) {
+        // SAFETY: a plain call with a live context.
+        unsafe {
+            if let Some(select) = raw::RedisModule_SelectDb {
+                select(self.ctx, number);
+            }
+        }
+    }
+}
+
+impl Drop for Database {
+    fn drop(&mut self) {
+        if self.selected != 0 {
+            self.select(self.selected);
+        }
+    }
+}
+
+fn selected_database(ctx: *mut raw::RedisModuleCtx) -> c_int {
+    // SAFETY: a plain call with a live context.
+    unsafe { raw::RedisModule_GetSelectedDb.map_or(0, |selected| selected(ctx)) }
+}
+
+/// Whether a notification is about the database that the pool lives in.
+pub(crate) fn is_pool_database(ctx: &Context) -> bool {
+    selected_database(ctx.ctx) == 0
+}
+
+/// Makes the command known to Redis, with its documentation and ACL categories.
+pub(crate) fn register<C: Command>(ctx: &Context) -> Result<(), &'static str> {
+    let spec = C::SPEC;
+    // SAFETY: every pointer is to something that lives until the call returns
+    // (Redis copies what it keeps), and the callback is a plain function.
+    unsafe {
+        let create = raw::RedisModule_CreateCommand.ok_or("this server can't create commands")?;
+        let (name, flags) = (spec.name.as_ptr(), spec.flags.as_ptr());
+        if create(ctx.ctx, name, Some(run_command::<C>), flags, 0, 0, 0) != Status::Ok as c_int {
+            return Err("the server refuses a command: its name is taken or its flags are unknown");
+        }
+        let command = raw::RedisModule_GetCommand.map_or(ptr::null_mut(), |get| get(ctx.ctx, name));
+        if command.is_null() {
+            return Err("a command just created can't be found");
+        }
+        if let Some(set_categories) = raw::RedisModule_SetCommandACLCategories {
+            set_categories(command, spec.acl.as_ptr());
+        }
+        let Some(set_info) = raw::RedisModule_SetCommandInfo else {
+            return Ok(());
+        };
+        let mut lists = Vec::new();
+        let args = argument_list(spec.args, spec.since, &mut lists);
+        let version = raw::RedisModuleCommandInfoVersion {
+            version: 1,
+            sizeof_historyentry: size_of::<raw::RedisModuleCommandHistoryEntry>(),
+            sizeof_keyspec: size_of::<raw::RedisModuleCommandKeySpec>(),
+            sizeof_arg: size_of::<raw::RedisModuleCommandArg>(),
+        };
+        let mut info: raw::RedisModuleCommandInfo = std::mem::zeroed();
+        info.version = &raw const version;
+        info.summary = spec.summary.as_ptr();
+        info.complexity = spec.complexity.as_ptr();
+        info.since = spec.since.as_ptr();
+        info.arity = spec.arity;
+        info.args = args;
+        if set_info(command, &raw const info) != Status::Ok as c_int {
+            return Err("the server refuses a command's documentation");
+        }
+    }
+    Ok(())
+}
+
+/// The list as Redis takes it: one entry an argument and an empty one at the
+/// end. `lists` keeps every list alive for as long as the caller needs them.
+fn argument_list(
+    args: &[Arg],
+    since: &'static CStr,
+    lists: &mut Vec<Box<[raw::RedisModuleCommandArg]>>,
+) -> *mut raw::RedisModuleCommandArg {
+    if args.is_empty() {
+        return ptr::null_mut();
+    }
+    let mut entries = Vec::with_capacity(args.len() + 1);
+    for arg in args {
+        // SAFETY: a struct of pointers, numbers and an enum whose first value
+        // is 0: all zeros is a valid, empty one.
+        let mut entry: raw::RedisModuleCommandArg = unsafe { std::mem::zeroed() };
+        entry.name = arg.name.as_ptr();
+        entry.key_spec_index = -1;
+        entry.token = arg.token.map_or(ptr::null(), CStr::as_ptr);
+        entry.since = since.as_ptr();
+        if arg.optional {
+            entry.flags = raw::REDISMODULE_CMD_ARG_OPTIONAL as c_int;
+        }
+        let (kind, parts): (_, &[Arg]) = match arg.kind {
+            ArgKind::Text => (raw::RedisModuleCommandArgType_REDISMODULE_ARG_TYPE_STRING, &[]),
+            ArgKind::Integer => (raw::RedisModuleCommandArgType_REDISMODULE_ARG_TYPE_INTEGER, &[]),
+            ArgKind::Instant => (raw::RedisModuleCommandArgType_REDISMODULE_ARG_TYPE_UNIX_TIME, &[]),
+            ArgKind::Word => (raw::RedisModuleCommandArgType_REDISMODULE_ARG_TYPE_PURE_TOKEN, &[]),
+            ArgKind::OneOf(parts) => (raw::RedisModuleCommandArgType_REDISMODULE_ARG_TYPE_ONEOF, parts),
+            ArgKind::Block(parts) => (raw::RedisModuleCommandArgType_REDISMODULE_ARG_TYPE_BLOCK, parts),
+        };
+        entry.type_ = kind;
+        entry.subargs = argument_list(parts, since, lists);
+        entries.push(entry);
+    }
+    // SAFETY: as above; an empty entry ends the list.
+    entries.push(unsafe { std::mem::zeroed() });
+    let mut list = entries.into_boxed_slice();
+    let first = list.as_mut_ptr();
+    lists.push(list);
+    first
+}
+
+/// Lets Redis apply what its configuration file says of the module's settings.
+/// False: it says something that is refused.
+pub(crate) fn load_configs(ctx: &Context) -> bool {
+    // SAFETY: a plain call with the context of the module's load.
+    unsafe { raw::RedisModule_LoadConfigs.is_none_or(|load| load(ctx.ctx) == Status::Ok as c_int) }
+}
+
+/// A key of the keyspace, open for reading.
+struct OpenKey(NonNull<raw::RedisModuleKey>);
+
+impl OpenKey {
+    /// The key, if it is there. Looking does not count as use: an operator's
+    /// eviction policy sees clients, not this module.
+    fn open(ctx: &Context, name: &[u8]) -> Option<Self> {
+        let name = RedisString::create_from_slice(ptr::null_mut(), name);
+        let mode = (raw::REDISMODULE_READ | raw::REDISMODULE_OPEN_KEY_NOTOUCH) as c_int;
+        // SAFETY: a live context and a live string; Redis keeps the name itself.
+        let key = unsafe { raw::RedisModule_OpenKey?(ctx.ctx, name.inner, mode) };
+        NonNull::new(key.cast()).map(Self)
+    }
+
+    fn kind(&self) -> c_int {
+        // SAFETY: the key is open.
+        unsafe { raw::RedisModule_KeyType.map_or(0, |kind| kind(self.0.as_ptr())) }
+    }
+}
+
+impl Drop for OpenKey {
+    fn drop(&mut self) {
+        raw::close_key(self.0.as_ptr());
+    }
+}
+
+/// Fields of the hash at a key; none where the key isn't there.
+pub(crate) fn read_hash<const N: usize>(
+    ctx: &Context,
+    name: &[u8],
+    fields: [&'static CStr; N],
+) -> Result<Option<[Option<RedisString>; N]>, WrongType> {
+    let Some(key) = OpenKey::open(ctx, name) else {
+        return Ok(None);
+    };
+    match key.kind() {
+        kind if kind == raw::REDISMODULE_KEYTYPE_EMPTY as c_int => return Ok(None),
+        kind if kind == raw::REDISMODULE_KEYTYPE_HASH as c_int => {}
+        _ => return Err(WrongType),
+    }
+    let values = fields.map(|field| {
+        let mut value: *mut raw::RedisModuleString = ptr::null_mut();
+        let flags = raw::REDISMODULE_HASH_CFIELDS as c_int;
+        // SAFETY: an open key that holds a hash; the list of fields and places
+        // ends with a null; the string written, if any, is ours to free.
+        unsafe {
+            let get = raw::RedisModule_HashGet?;
+            get(key.0.as_ptr(), flags, field.as_ptr(), &raw mut value, ptr::null::<c_char>());
+        }
+        (!value.is_null()).then(|| RedisString::from_redis_module_string(ptr::null_mut(), value))
+    });
+    Ok(Some(values))
+}
+
+/// Whether a key is free for a hash: not there, or holding one.
+pub(crate) fn can_hold_hash(ctx: &Context, name: &[u8]) -> bool {
+    let kind = OpenKey::open(ctx, name).map_or(raw::REDISMODULE_KEYTYPE_EMPTY as c_int, |key| key.kind());
+    kind == raw::REDISMODULE_KEYTYPE_EMPTY as c_int || kind == raw::REDISMODULE_KEYTYPE_HASH as c_int
+}
+
+/// The key holds another type than it should.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct WrongType;
+
+/// The context with which threads of the module take the server's lock.
+static DETACHED: AtomicPtr<raw::RedisModuleCtx> = AtomicPtr::new(ptr::null_mut());
+
+/// Prepares for threads that need the server's lock; once a load.
+pub(crate) fn open_detached(ctx: &Context) {
+    // SAFETY: a plain call with the context of the module's load.
+    let detached = unsafe { raw::RedisModule_GetDetachedThreadSafeContext.map_or(ptr::null_mut(), |open| open(ctx.ctx)) };
+    DETACHED.store(detached, Ordering::Release);
+}
+
+/// The end of what [`open_detached`] began; no thread may use it any more.
+pub(crate) fn close_detached() {
+    let detached = DETACHED.swap(ptr::null_mut(), Ordering::AcqRel);
+    // SAFETY: the context came from Redis, and nothing else has it any more.
+    unsafe {
+        if let (false, Some(close)) = (detached.is_null(), raw::RedisModule_FreeThreadSafeContext) {
+            close(detached);
+        }
+    }
+}
+
+/// The server's lock, held by a thread of the module.
+pub(crate) struct Gil {
+    pub(crate) ctx: Context,
+}
+
+impl Gil {
+    /// Takes the lock, or none once `give_up` says so. Never waits for the main
+    /// thread blindly: that one may be waiting for this thread to end.
+    pub(crate) fn take(give_up: impl Fn() -> bool) -> Option<Self> {
+        const PAUSE: Duration = Duration::from_micros(200);
+        loop {
+            let ctx = DETACHED.load(Ordering::Acquire);
+            if ctx.is_null() || give_up() {
+                return None;
+            }
+            // SAFETY: a detached context is made for this.
+            let taken = unsafe { raw::RedisModule_ThreadSafeContextTryLock.map(|lock| lock(ctx)) };
+            match taken {
+                None => return None,
+                Some(result) if result == Status::Ok as c_int => return Some(Self { ctx: Context::new(ctx) }),
+                Some(_) => std::thread::sleep(PAUSE),
+            }
+        }
+    }
+}
+
+impl Drop for Gil {
+    fn drop(&mut self) {
+        // SAFETY: this thread took the lock with the same context.
+        unsafe {
+            if let Some(unlock) = raw::RedisModule_ThreadSafeContextUnlock {
+                unlock(self.ctx.ctx);
+            }
+        }
+    }
+}
+
+/// Whether Redis asks that nothing be written without a client's wish: clients
+/// are paused, for a failover say, and a write would abort the server.
+pub(crate) fn must_not_write() -> bool {
+    // SAFETY: a plain call without arguments.
+    unsafe { raw::RedisModule_AvoidReplicaTraffic.is_some_and(|avoid| avoid() != 0) }
+}
+
+/// Asks to be told when databases are flushed or swapped.
+pub(crate) fn subscribe(ctx: &Context) -> Result<(), &'static str> {
+    let events = [
+        (raw::REDISMODULE_EVENT_FLUSHDB, on_flush as unsafe extern "C" fn(_, _, _, _)),
+        (raw::REDISMODULE_EVENT_SWAPDB, on_swap),
+    ];
+    for (id, callback) in events {
+        let event = raw::RedisModuleEvent { id, dataver: 1 };
+        if raw::subscribe_to_server_event(ctx.ctx, event, Some(callback)) != Status::Ok {
+            return Err("the server refuses to tell of flushes and swaps of databases");
+        }
+    }
+    Ok(())
+}
+
+unsafe extern "C" fn on_flush(
+    _ctx: *mut raw::RedisModuleCtx,
+    _event: raw::RedisModuleEvent,
+    subevent: u64,
+    data: *mut c_void,
+) {
+    // SAFETY: Redis passes this struct with this event.
+    let Some(flush) = (unsafe { data.cast::<raw::RedisModuleFlushInfo>().as_ref() }) else {
+        return;
+    };
+    if subevent == raw::REDISMODULE_SUBEVENT_FLUSHDB_END && flush.dbnum <= 0 {
+        guarded("the flush event", crate::events::flushed);
+    }
+}
+
+unsafe extern "C" fn on_swap(
+    ctx: *mut raw::RedisModuleCtx,
+    _event: raw::RedisModuleEvent,
+    _subevent: u64,
+    data: *mut c_void,
+) {
+    // SAFETY: Redis passes this struct with this event.
+    let Some(swap) = (unsafe { data.cast::<raw::RedisModuleSwapDbInfo>().as_ref() }) else {
+        return;
+    };
+    if swap.dbnum_first == 0 || swap.dbnum_second == 0 {
+        guarded("the swap event", || crate::events::swapped(&Context::new(ctx)));
+    }
+}

@@ -1,0 +1,138 @@
+//! mpool lends upstream accounts to client keys, inside Redis.
+//!
+//! The module's face: every command, setting and event, on one page.
+//!
+//! - [`commands`]: one file a command: parse, ask the pool, reply
+//! - [`pool`]: the rules; pure, tested without Redis
+//! - [`store`]: every key name, every read and every write
+//! - [`accounts`]: account files: parse, scan, watch
+//! - [`events`]: what Redis tells: changed keys, flushes, roles
+//! - [`node`]: the one pool of this server
+//! - [`background`]: the watcher's way into the pool
+//! - [`settings`], [`info`], [`errors`]: what operators set, watch and meet
+//! - [`ffi`]: the only unsafe code
+
+mod accounts;
+mod background;
+mod commands;
+mod errors;
+mod events;
+mod ffi;
+mod info;
+mod node;
+mod pool;
+mod settings;
+mod store;
+
+use ffi::register;
+use redis_module::logging::RedisLogLevel;
+use redis_module::{Context, ContextFlags, RedisString, Status, redis_module};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// The commands: a new one is a file in `commands` and a line here.
+fn register_commands(ctx: &Context) -> Result<(), &'static str> {
+    register::<commands::Acquire>(ctx)?;
+    register::<commands::Release>(ctx)?;
+    register::<commands::Status>(ctx)?;
+    register::<commands::Keygen>(ctx)?;
+    register::<commands::Revoke>(ctx)?;
+    register::<commands::Cooldown>(ctx)?;
+    register::<commands::Reload>(ctx)?;
+    register::<commands::Repair>(ctx)?;
+    #[cfg(debug_assertions)]
+    register::<commands::Panic>(ctx)?;
+    Ok(())
+}
+
+/// Tells the watcher's thread that the module is about to go.
+static STOPPING: std::sync::Mutex<Option<Arc<AtomicBool>>> = std::sync::Mutex::new(None);
+
+fn load(ctx: &Context, args: &[RedisString]) -> Status {
+    match ffi::guarded("the module's load", || start(ctx, args)) {
+        Some(Ok(())) => Status::Ok,
+        Some(Err(why)) => {
+            ffi::log(RedisLogLevel::Warning, &format!("not loaded: {why}"));
+            unload(ctx);
+            Status::Err
+        }
+        None => {
+            unload(ctx);
+            Status::Err
+        }
+    }
+}
+
+fn start(ctx: &Context, args: &[RedisString]) -> Result<(), &'static str> {
+    ffi::open_detached(ctx);
+    let flags = ctx.get_flags();
+    if flags.contains(ContextFlags::CLUSTER) {
+        return Err("the keys of a pool belong together, which cluster mode would spread over nodes; use Sentinel");
+    }
+    settings::register(ctx, args).map_err(|()| "a setting is not accepted, see above")?;
+    register_commands(ctx)?;
+    ffi::subscribe(ctx)?;
+
+    let mut scanner = accounts::Scanner::new(settings::account_dir());
+    let found = scanner.full(std::time::Instant::now());
+    let pool = pool::Pool::new(settings::slots_per_account(), settings::rotation_ms());
+    let mut node = node::Node::new(pool, flags.contains(ContextFlags::MASTER));
+    if !found.readable.contains(&true) {
+        ffi::log(RedisLogLevel::Warning, "account-dir has no readable folder medium, high or supreme yet");
+    }
+    for change in found.changes {
+        background::enter(&mut node, change);
+    }
+    node::install(Some(node));
+    // Loaded into a running server, the keyspace is there already.
+    let pool = node::rebuilt(ctx).map_err(|_| "the keyspace can't be read")?;
+    let _ = node::with(|node| {
+        node.pool = pool;
+        background::trust(node, found.readable);
+    });
+    events::warn_of_eviction(ctx);
+
+    let stopping = Arc::new(AtomicBool::new(false));
+    let sink = background::Background { stopping: Arc::clone(&stopping) };
+    let watcher = accounts::Watcher::start(scanner, sink).map_err(|_| "the watcher's thread can't be started")?;
+    watcher.wake();
+    node::install_watcher(Some(watcher));
+    *STOPPING.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(stopping);
+    Ok(())
+}
+
+fn unload(_ctx: &Context) -> Status {
+    ffi::guarded("the module's unload", || {
+        if let Some(stopping) = STOPPING.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take() {
+            stopping.store(true, Ordering::Relaxed);
+        }
+        if let Some(watcher) = node::install_watcher(None) {
+            watcher.stop();
+        }
+        node::install(None);
+        ffi::close_detached();
+    });
+    Status::Ok
+}
+
+// Under test there is no server whose allocator could be used.
+#[cfg(test)]
+use std::alloc::System as Allocator;
+#[cfg(test)]
+const ALLOCATOR: Allocator = std::alloc::System;
+#[cfg(not(test))]
+use redis_module::alloc::RedisAlloc as Allocator;
+#[cfg(not(test))]
+const ALLOCATOR: Allocator = redis_module::alloc::RedisAlloc;
+
+redis_module! {
+    name: "mpool",
+    version: 1,
+    allocator: (Allocator, ALLOCATOR),
+    data_types: [],
+    init: load,
+    deinit: unload,
+    event_handlers: [
+        [@GENERIC @STRING @HASH @LIST @SET @ZSET @STREAM @EXPIRED @EVICTED @LOADED: events::key_changed]
+    ],
+}

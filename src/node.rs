@@ -1,0 +1,217 @@
+//! The one pool of this server, with what belongs to it: counters, the random
+//! source, the account files that can't be used, the watcher. Commands and
+//! events reach it here, and nobody holds on to it while Redis is written to.
+
+use crate::accounts::Watcher;
+use crate::errors::{CODES, Failure};
+use crate::pool::{Effect, Pool, State, Tier};
+use crate::store::{self, PoolKey};
+use rand::rngs::SmallRng;
+use redis_module::{Context, ContextFlags, KeysCursor};
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError, TryLockError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Things put right by one command before its own work, and by the watcher at
+/// a time: few enough that nobody waits for them.
+pub(crate) const SETTLE_LIMIT: usize = 64;
+
+/// Rounds of writes that may follow from one another.
+const ROUNDS: usize = 8;
+
+/// What `INFO mpool` counts, since the module was loaded.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) acquires: u64,
+    pub(crate) current: u64,
+    pub(crate) bound: u64,
+    pub(crate) assignments: u64,
+    pub(crate) rotations: u64,
+    pub(crate) failovers: u64,
+    /// By code, in the order of [`CODES`].
+    pub(crate) refusals: [u64; CODES.len()],
+}
+
+impl Counters {
+    /// Counts an acquire that was answered with an account.
+    pub(crate) fn granted(&mut self, state: State) {
+        self.acquires += 1;
+        match state {
+            State::Current => self.current += 1,
+            State::Bound => self.bound += 1,
+            State::Assigned => self.assignments += 1,
+            State::Rotated => self.rotations += 1,
+            State::Failover => self.failovers += 1,
+        }
+    }
+
+    /// Counts an acquire that was refused.
+    pub(crate) fn refused(&mut self, failure: &Failure) {
+        self.acquires += 1;
+        if let Some(count) = self.refusals.get_mut(failure.code()) {
+            *count += 1;
+        }
+    }
+}
+
+/// Everything that the module knows.
+#[derive(Debug)]
+pub(crate) struct Node {
+    pub(crate) pool: Pool,
+    pub(crate) counters: Counters,
+    pub(crate) rng: SmallRng,
+    /// Account files that can't be used because of their names: tier and file,
+    /// made printable.
+    pub(crate) bad_names: BTreeMap<(Tier, String), &'static str>,
+    /// Whether this server is a primary, which puts things right.
+    pub(crate) is_primary: bool,
+    /// Whether this server has been a primary ever since the module was loaded:
+    /// only then does its account folder say which accounts there are not.
+    pub(crate) always_primary: bool,
+}
+
+impl Node {
+    pub(crate) fn new(pool: Pool, is_primary: bool) -> Self {
+        Self {
+            pool,
+            counters: Counters::default(),
+            rng: rand::make_rng(),
+            bad_names: BTreeMap::new(),
+            is_primary,
+            always_primary: is_primary,
+        }
+    }
+}
+
+/// Never contended: whoever comes here holds the server's lock. What a lock
+/// adds is that coming back in by mistake fails instead of corrupting.
+static NODE: Mutex<Option<Node>> = Mutex::new(None);
+static WATCHER: Mutex<Option<Watcher>> = Mutex::new(None);
+/// The view can no longer be relied on: a panic cut a change of it short.
+static SUSPECT: AtomicBool = AtomicBool::new(false);
+
+/// Does something with the node. It must not call Redis meanwhile.
+pub(crate) fn with<R>(run: impl FnOnce(&mut Node) -> R) -> Result<R, Failure> {
+    let mut guard = match NODE.try_lock() {
+        Ok(guard) => guard,
+        // A panic is answered by a rebuild, see `suspect`.
+        Err(TryLockError::Poisoned(poisoned)) => {
+            NODE.clear_poison();
+            poisoned.into_inner()
+        }
+        Err(TryLockError::WouldBlock) => return Err(Failure::Internal),
+    };
+    guard.as_mut().map(run).ok_or(Failure::Internal)
+}
+
+/// Puts a node in place, or none at the module's end.
+pub(crate) fn install(node: Option<Node>) {
+    *NODE.lock().unwrap_or_else(PoisonError::into_inner) = node;
+    SUSPECT.store(false, Ordering::Relaxed);
+}
+
+/// Puts the watcher in place; answers the one before.
+pub(crate) fn install_watcher(watcher: Option<Watcher>) -> Option<Watcher> {
+    std::mem::replace(&mut *WATCHER.lock().unwrap_or_else(PoisonError::into_inner), watcher)
+}
+
+/// Does something with the watcher, if there is one.
+pub(crate) fn with_watcher<R>(run: impl FnOnce(&Watcher) -> R) -> Option<R> {
+    WATCHER.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(run)
+}
+
+/// Have the view rebuilt before it is used again.
+pub(crate) fn suspect() {
+    SUSPECT.store(true, Ordering::Relaxed);
+}
+
+/// This server's clock, in unix ms.
+pub(crate) fn clock() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+}
+
+/// Makes the view from the keyspace anew.
+pub(crate) fn rebuilt(ctx: &Context) -> Result<Pool, Failure> {
+    let pool = RefCell::new(with(|node| node.pool.without_keyspace())?);
+    let cursor = KeysCursor::new();
+    let names = RefCell::new(Vec::new());
+    let collect = |_: &Context, name: &redis_module::RedisString, _: Option<&redis_module::key::RedisKey>| {
+        if PoolKey::parse(name.as_slice()).is_some() {
+            names.borrow_mut().push(name.as_slice().to_vec());
+        }
+    };
+    loop {
+        let more = cursor.scan(ctx, &collect);
+        for name in names.take() {
+            if let Some(key) = PoolKey::parse(&name) {
+                key.read(ctx).enter(&mut pool.borrow_mut());
+            }
+        }
+        if !more {
+            break;
+        }
+    }
+    Ok(pool.into_inner())
+}
+
+/// Rebuilds the view if a panic has made it doubtful.
+pub(crate) fn ensure_sound(ctx: &Context) -> Result<(), Failure> {
+    if SUSPECT.swap(false, Ordering::Relaxed) {
+        let pool = rebuilt(ctx)?;
+        with(|node| node.pool = pool)?;
+    }
+    Ok(())
+}
+
+/// Before a command that may write: puts right what changes by hand have left,
+/// as far as one command should.
+pub(crate) fn prepare(ctx: &Context) -> Result<(), Failure> {
+    ensure_sound(ctx)?;
+    settle(ctx, SETTLE_LIMIT).map(drop)
+}
+
+/// Puts right up to `limit` things; answers whether more may be left.
+pub(crate) fn settle(ctx: &Context, limit: usize) -> Result<bool, Failure> {
+    let (effects, more) = with(|node| {
+        if !node.pool.has_backlog() {
+            return (Vec::new(), false);
+        }
+        let effects = node.pool.settle(limit);
+        (effects, node.pool.has_backlog())
+    })?;
+    apply(ctx, &effects)?;
+    Ok(more)
+}
+
+/// Carries effects out, and the counters that follow from them. All of it
+/// reaches replicas and the append-only file as one transaction.
+pub(crate) fn apply(ctx: &Context, effects: &[Effect]) -> Result<(), Failure> {
+    if effects.is_empty() {
+        return Ok(());
+    }
+    with(|node| node.pool.begin())?;
+    let mut outcome = store::apply(ctx, effects);
+    // Leases, then counters, then nothing: more rounds than a few would mean
+    // that writes don't come back as notifications.
+    for _ in 0..ROUNDS {
+        let following = with(|node| node.pool.settle_touched())?;
+        if outcome.is_err() || following.is_empty() {
+            break;
+        }
+        outcome = store::apply(ctx, &following);
+    }
+    with(|node| node.pool.end())?;
+    outcome
+}
+
+/// The same for a command that the server would refuse when it is out of
+/// memory: then nothing is written.
+pub(crate) fn apply_unless_full(ctx: &Context, effects: &[Effect]) -> Result<(), Failure> {
+    if !effects.is_empty() && ctx.get_flags().contains(ContextFlags::OOM) {
+        return Err(Failure::OutOfMemory);
+    }
+    apply(ctx, effects)
+}

@@ -1,0 +1,156 @@
+//! One account as the pool sees it.
+
+use super::{KeyId, Tier};
+use crate::accounts::Credential;
+use std::num::NonZeroU32;
+
+/// A number for an account of the view; good until the account is dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct AccountId(NonZeroU32);
+
+impl AccountId {
+    /// After every other.
+    pub(super) const LAST: Self = Self(NonZeroU32::MAX);
+
+    pub(super) fn new(slot: usize) -> Option<Self> {
+        let number = u32::try_from(slot).ok()?.checked_add(1)?;
+        NonZeroU32::new(number).map(Self)
+    }
+
+    pub(super) fn slot(self) -> usize {
+        self.0.get() as usize - 1
+    }
+
+    /// The number that follows this one, as a cursor over accounts.
+    pub(super) fn after(self) -> u64 {
+        u64::from(self.0.get())
+    }
+}
+
+/// What this node's account folder says of an account.
+#[derive(Clone, Debug)]
+pub(crate) enum File {
+    /// Nothing yet: the name is known from the keyspace alone. Its leases go
+    /// on, but it isn't lent anew.
+    Unknown,
+    /// The file is there and good.
+    Valid(Credential),
+    /// The file is there and can't be used, for this reason.
+    Invalid(&'static str),
+    /// There is no such file: the account isn't in the pool.
+    Absent,
+}
+
+/// What the keyspace says of an account's slots in use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stored {
+    Absent,
+    Count(u64),
+    /// A value that isn't a count.
+    Garbage,
+}
+
+/// An account that isn't lent for a while.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub(crate) struct Cooldown {
+    /// Unix ms from which on the account is lent again; 0: it is not cooling.
+    pub(crate) until: i64,
+    pub(crate) reason: Option<Box<str>>,
+}
+
+/// Why an account is or isn't lent at an instant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Class {
+    Lendable,
+    Cooling,
+    Expired,
+    Invalid,
+    Unknown,
+    Absent,
+}
+
+impl Cooldown {
+    /// Whether there is one on record, past or not.
+    pub(crate) fn is_set(&self) -> bool {
+        self.until > 0
+    }
+}
+
+impl Class {
+    /// Whether the account counts as one of the pool's.
+    pub(crate) const fn in_pool(self) -> bool {
+        matches!(self, Self::Lendable | Self::Cooling | Self::Expired)
+    }
+
+    /// Whether a lease on such an account goes on.
+    pub(crate) const fn keeps_leases(self) -> bool {
+        matches!(self, Self::Lendable | Self::Unknown)
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Account {
+    pub(super) tier: Tier,
+    pub(super) name: Box<str>,
+    pub(super) file: File,
+    pub(super) cooldown: Cooldown,
+    /// The keys that hold a slot, in the order in which they took it.
+    pub(super) holders: Vec<KeyId>,
+    pub(super) stored: Stored,
+    /// Keys that name the account without holding a slot of it: as the one
+    /// they are bound to or had before. The account stays while there are any.
+    pub(super) refs: u32,
+    /// The class at the pool's horizon, as the indexes have it.
+    pub(super) class: Class,
+    /// Where it stands among the lendable accounts with a free slot.
+    pub(super) bucket: Option<(u32, u32)>,
+    /// Whether it is in the pool's backlog.
+    pub(super) queued: bool,
+}
+
+impl Account {
+    pub(super) fn new(tier: Tier, name: &str, file: File) -> Self {
+        Self {
+            tier,
+            name: name.into(),
+            file,
+            cooldown: Cooldown::default(),
+            holders: Vec::new(),
+            stored: Stored::Absent,
+            refs: 0,
+            class: Class::Absent,
+            bucket: None,
+            queued: false,
+        }
+    }
+
+    /// Slots in use.
+    pub(super) fn used(&self) -> u64 {
+        self.holders.len() as u64
+    }
+
+    pub(super) fn class_at(&self, now: i64) -> Class {
+        match &self.file {
+            File::Unknown => Class::Unknown,
+            File::Absent => Class::Absent,
+            File::Invalid(_) => Class::Invalid,
+            File::Valid(credential) if credential.expires_at.is_some_and(|end| end <= now) => {
+                Class::Expired
+            }
+            File::Valid(_) if self.cooldown.is_set() && self.cooldown.until > now => Class::Cooling,
+            File::Valid(_) => Class::Lendable,
+        }
+    }
+
+    /// Whether the keyspace says anything of the account itself.
+    pub(super) fn is_recorded(&self) -> bool {
+        !self.holders.is_empty()
+            || self.stored != Stored::Absent
+            || self.cooldown != Cooldown::default()
+    }
+
+    /// Whether nothing is known of the account that would be lost with it.
+    pub(super) fn is_idle(&self) -> bool {
+        matches!(self.file, File::Unknown | File::Absent) && self.refs == 0 && !self.is_recorded()
+    }
+}

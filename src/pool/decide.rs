@@ -1,0 +1,378 @@
+//! What commands do: each decision answers with a reply and the writes that
+//! make it true, and leaves the view as it was.
+
+use super::account::{Account, Class};
+use super::key::{NEVER, Standing};
+use super::{AccountId, Effect, File, KeyId, Pool, SWEEP_LIMIT, Tier, key::Flaw};
+use crate::accounts::Credential;
+use rand::{Rng, RngExt};
+
+/// How a key came by its account.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum State {
+    /// The key held no slot and had no running period.
+    Assigned,
+    /// The key's lease goes on.
+    Current,
+    /// The key's period was over.
+    Rotated,
+    /// The key's account was lost within its period.
+    Failover,
+    /// The key is bound to the account; no slot is counted.
+    Bound,
+}
+
+impl State {
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Assigned => "assigned",
+            Self::Current => "current",
+            Self::Rotated => "rotated",
+            Self::Failover => "failover",
+            Self::Bound => "bound",
+        }
+    }
+}
+
+/// Why a key gets no account.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Refusal {
+    NoKey,
+    Malformed(Flaw),
+    Revoked,
+    Expired,
+    /// Every lendable account is full; `next` is the unix ms at which the next
+    /// slot falls due, when that is known.
+    PoolFull { next: Option<i64> },
+    /// No account of the tier can be lent; `next` is the unix ms at which the
+    /// first cooldown ends, when one does.
+    NoAccount { next: Option<i64> },
+    /// The account that the key is bound to can't be used.
+    BoundAccount,
+    /// There is no account of that name.
+    NoSuchAccount,
+}
+
+/// The answer to an acquire.
+#[derive(Debug)]
+pub(crate) struct Decision {
+    pub(crate) account: AccountId,
+    pub(crate) state: State,
+    pub(crate) previous: Option<AccountId>,
+    /// Unix ms; none for a bound key.
+    pub(crate) last: Option<i64>,
+    /// Unix ms; none for a bound key.
+    pub(crate) next: Option<i64>,
+    pub(crate) effects: Vec<Effect>,
+}
+
+/// The answer to a release, a revoke or a cooldown.
+#[derive(Debug, Default)]
+pub(crate) struct Freed {
+    /// The account whose slot the key held.
+    pub(crate) account: Option<Box<str>>,
+    /// Slots given up by name: 1 at most for a key, more for an account.
+    pub(crate) slots: usize,
+    pub(crate) effects: Vec<Effect>,
+}
+
+/// A lease taken away to see what would follow, and what brings it back.
+struct Supposed {
+    key: KeyId,
+    account: AccountId,
+    place: usize,
+}
+
+impl Pool {
+    /// The account for a key at `now` (unix ms).
+    ///
+    /// A current lease is answered as it is. Otherwise the key's own slot, the
+    /// slots of overdue leases and those of accounts that may no longer be lent
+    /// count as free, and the lendable account with the fewest slots in use is
+    /// chosen, ties by `rng`, not the key's last account while another ties.
+    pub(crate) fn acquire(
+        &mut self,
+        name: &str,
+        now: i64,
+        rng: &mut impl Rng,
+    ) -> Result<Decision, Refusal> {
+        let id = self.find_key(name).ok_or(Refusal::NoKey)?;
+        let key = self.key(id).ok_or(Refusal::NoKey)?;
+        match key.standing {
+            Standing::Unregistered => return Err(Refusal::NoKey),
+            Standing::Malformed(flaw) => return Err(Refusal::Malformed(flaw)),
+            Standing::Revoked => return Err(Refusal::Revoked),
+            Standing::Pooled | Standing::Bound if now >= key.expires_at => {
+                return Err(Refusal::Expired);
+            }
+            Standing::Bound => return self.bound(key.bound, now),
+            Standing::Pooled => {}
+        }
+        let over = now >= key.next;
+        let state = match key.holds {
+            Some(account) => {
+                let kept = self.account(account).is_some_and(|account| account.class_at(now).keeps_leases());
+                if kept && !over {
+                    return Ok(Decision {
+                        account,
+                        state: State::Current,
+                        previous: key.previous,
+                        last: (key.last != NEVER).then_some(key.last),
+                        next: Some(key.next),
+                        effects: Vec::new(),
+                    });
+                }
+                if over { State::Rotated } else { State::Failover }
+            }
+            None if key.next == NEVER || key.previous.is_none() => State::Assigned,
+            None if over => State::Rotated,
+            None => State::Failover,
+        };
+        self.choose(id, state, now, rng)
+    }
+
+    fn bound(&self, account: Option<AccountId>, now: i64) -> Result<Decision, Refusal> {
+        let id = account.ok_or(Refusal::BoundAccount)?;
+        let account = self.account(id).ok_or(Refusal::BoundAccount)?;
+        if !account.class_at(now).keeps_leases() || !Self::is_listed(account) {
+            return Err(Refusal::BoundAccount);
+        }
+        Ok(Decision {
+            account: id,
+            state: State::Bound,
+            previous: None,
+            last: None,
+            next: None,
+            effects: Vec::new(),
+        })
+    }
+
+    fn choose(&mut self, id: KeyId, state: State, now: i64, rng: &mut impl Rng) -> Result<Decision, Refusal> {
+        self.advance(now);
+        let mut supposed = Vec::new();
+        self.supposing = true;
+        let own = self.suppose_free(id, &mut supposed);
+        let avoided = own.or_else(|| self.key(id).and_then(|key| key.previous));
+        self.suppose_swept(now, SWEEP_LIMIT, &mut supposed);
+        while self.tier(Tier::Medium).least_used().is_none() {
+            if !self.suppose_swept(now, 1, &mut supposed) {
+                break;
+            }
+        }
+        let chosen = self.pick(avoided, rng).or_else(|| {
+            // An account that this node has no file of can't be lent anew, but
+            // a key that holds a slot of it is never refused for that.
+            own.filter(|&own| self.account(own).is_some_and(|own| own.class == Class::Unknown))
+        });
+        let outcome = match chosen {
+            Some(account) => Ok(self.grant(id, account, avoided, state, now, &supposed)),
+            None => Err(self.refusal(now)),
+        };
+        self.bring_back(supposed);
+        outcome
+    }
+
+    fn grant(
+        &self,
+        id: KeyId,
+        account: AccountId,
+        previous: Option<AccountId>,
+        state: State,
+        now: i64,
+        supposed: &[Supposed],
+    ) -> Decision {
+        let next = now.saturating_add(self.rotation_ms);
+        let others = supposed.iter().filter(|freed| freed.key != id);
+        let mut effects: Vec<Effect> = others.filter_map(|freed| self.free(freed.key, freed.account)).collect();
+        if let (Some(key), Some(chosen)) = (self.key(id), self.account_name(account)) {
+            effects.push(Effect::Lend {
+                key: key.name.clone(),
+                account: chosen.into(),
+                previous: previous.and_then(|previous| self.account_name(previous)).map(Into::into),
+                last: now,
+                next,
+            });
+        }
+        Decision {
+            account,
+            state,
+            previous,
+            last: Some(now),
+            next: Some(next),
+            effects,
+        }
+    }
+
+    fn refusal(&self, now: i64) -> Refusal {
+        let index = self.tier(Tier::Medium);
+        let warm = index.cooldowns.iter().map(|&(until, _)| until).find(|&until| until > now);
+        if index.tally.lendable == 0 {
+            return Refusal::NoAccount { next: warm };
+        }
+        let due = self.due.iter().map(|&(due, _)| due).find(|&due| due > now);
+        let next = [warm, due].into_iter().flatten().min();
+        Refusal::PoolFull { next }
+    }
+
+    /// One of the least used lendable accounts.
+    fn pick(&self, avoided: Option<AccountId>, rng: &mut impl Rng) -> Option<AccountId> {
+        let ties = self.tier(Tier::Medium).least_used()?;
+        let standing = avoided.and_then(|id| self.account(id)).and_then(|account| account.bucket);
+        let place = standing
+            .map(|(_, place)| place as usize)
+            .filter(|&place| ties.len() > 1 && ties.get(place).copied() == avoided);
+        let position = match place {
+            Some(place) => {
+                let position = rng.random_range(0..ties.len() - 1);
+                if position >= place { position + 1 } else { position }
+            }
+            None => rng.random_range(0..ties.len()),
+        };
+        ties.get(position).copied()
+    }
+
+    /// Supposes that up to `limit` slots are free that should be: those of
+    /// accounts that may no longer be lent, then the longest overdue. Answers
+    /// whether there was any.
+    fn suppose_swept(&mut self, now: i64, limit: usize, supposed: &mut Vec<Supposed>) -> bool {
+        for done in 0..limit {
+            let stale = self.tier(Tier::Medium).stale.first().copied();
+            let stale = stale.and_then(|id| self.account(id)).and_then(|account| account.holders.last());
+            let overdue = || self.due.first().filter(|&&(due, _)| due <= now).map(|&(_, key)| key);
+            let Some(key) = stale.copied().or_else(overdue) else {
+                return done > 0;
+            };
+            if self.suppose_free(key, supposed).is_none() {
+                return done > 0;
+            }
+        }
+        limit > 0
+    }
+
+    fn suppose_free(&mut self, key: KeyId, supposed: &mut Vec<Supposed>) -> Option<AccountId> {
+        let (account, place) = self.unseat(key)?;
+        supposed.push(Supposed { key, account, place });
+        Some(account)
+    }
+
+    /// The effects of freeing what is overdue at `now`, within the limit.
+    fn sweep(&mut self, now: i64, effects: &mut Vec<Effect>) {
+        self.advance(now);
+        let mut supposed = Vec::new();
+        self.supposing = true;
+        self.suppose_swept(now, SWEEP_LIMIT, &mut supposed);
+        effects.extend(supposed.iter().filter_map(|freed| self.free(freed.key, freed.account)));
+        self.bring_back(supposed);
+    }
+
+    fn bring_back(&mut self, supposed: Vec<Supposed>) {
+        for Supposed { key, account, place } in supposed.into_iter().rev() {
+            self.seat(key, account, place);
+        }
+        self.supposing = false;
+    }
+
+    pub(super) fn free(&self, key: KeyId, account: AccountId) -> Option<Effect> {
+        Some(Effect::Free {
+            key: self.key(key)?.name.clone(),
+            account: self.account_name(account).map(Into::into),
+        })
+    }
+
+    /// Gives up the key's slot, if it holds one. With `now`, what is overdue
+    /// then is freed too.
+    pub(crate) fn release(&mut self, name: &str, now: Option<i64>) -> Result<Freed, Refusal> {
+        let id = self.find_key(name).ok_or(Refusal::NoKey)?;
+        let key = self.key(id).filter(|key| key.standing != Standing::Unregistered);
+        let key = key.ok_or(Refusal::NoKey)?;
+        let mut freed = Freed::default();
+        self.let_go(key.name.clone(), key.holds, &mut freed);
+        if let Some(now) = now {
+            self.sweep(now, &mut freed.effects);
+            let own = |effect: &Effect| matches!(effect, Effect::Free { key, .. } if **key == *name);
+            freed.effects.retain(|effect| !own(effect));
+        }
+        Ok(freed)
+    }
+
+    /// Deactivates the key and gives up its slot.
+    pub(crate) fn revoke(&self, name: &str) -> Result<Freed, Refusal> {
+        let id = self.find_key(name).ok_or(Refusal::NoKey)?;
+        let key = self.key(id).ok_or(Refusal::NoKey)?;
+        let mut freed = Freed::default();
+        match key.standing {
+            Standing::Unregistered => return Err(Refusal::NoKey),
+            Standing::Malformed(Flaw::Type) => return Err(Refusal::Malformed(Flaw::Type)),
+            Standing::Revoked => {}
+            Standing::Malformed(_) | Standing::Pooled | Standing::Bound => {
+                freed.effects.push(Effect::Deactivate { key: key.name.clone() });
+            }
+        }
+        self.let_go(key.name.clone(), key.holds, &mut freed);
+        Ok(freed)
+    }
+
+    fn let_go(&self, key: Box<str>, holds: Option<AccountId>, freed: &mut Freed) {
+        let Some(account) = holds else { return };
+        let account: Option<Box<str>> = self.account_name(account).map(Into::into);
+        freed.account.clone_from(&account);
+        freed.slots += 1;
+        freed.effects.push(Effect::Release { key, account });
+    }
+
+    /// Takes an account out of the pool until `until` (unix ms), or with none
+    /// puts it back. Its holders give up their slots.
+    pub(crate) fn cool(
+        &mut self,
+        tier: Tier,
+        name: &str,
+        now: i64,
+        until: Option<i64>,
+        reason: Option<&str>,
+    ) -> Result<Freed, Refusal> {
+        let id = self.find_account(tier, name).ok_or(Refusal::NoSuchAccount)?;
+        let account = self.account(id).filter(|account| Self::is_listed(account));
+        let account = account.ok_or(Refusal::NoSuchAccount)?;
+        let name = account.name.clone();
+        let mut freed = Freed { account: Some(name.clone()), ..Freed::default() };
+        match until {
+            None => freed.effects.push(Effect::Warm { tier, account: name }),
+            Some(until) => {
+                let reason = reason.filter(|reason| !reason.is_empty()).map(Into::into);
+                freed.slots = account.holders.len();
+                freed.effects.push(Effect::Cool { tier, account: name, until, reason });
+                freed.effects.extend(account.holders.iter().filter_map(|&key| self.free(key, id)));
+            }
+        }
+        let mut swept = Vec::new();
+        self.sweep(now, &mut swept);
+        swept.retain(|effect| !freed.effects.contains(effect));
+        freed.effects.append(&mut swept);
+        Ok(freed)
+    }
+
+    /// Whether a key of the tier may be bound to an account of that name: its
+    /// file is there, be it usable at the moment or not.
+    pub(crate) fn has_account(&self, tier: Tier, name: &str) -> bool {
+        let account = self.find_account(tier, name).and_then(|id| self.account(id));
+        account.is_some_and(Self::is_listed)
+    }
+
+    /// Whether an operator would call it an account: there is a file, or the
+    /// keyspace says so and this node can't tell.
+    pub(super) fn is_listed(account: &Account) -> bool {
+        match account.file {
+            File::Valid(_) | File::Invalid(_) => true,
+            File::Absent => false,
+            File::Unknown => account.is_recorded(),
+        }
+    }
+
+    /// The credential to use for an account, if its file is on this node.
+    pub(crate) fn credential(&self, id: AccountId) -> Option<&Credential> {
+        match &self.account(id)?.file {
+            File::Valid(credential) => Some(credential),
+            File::Invalid(_) | File::Absent | File::Unknown => None,
+        }
+    }
+}

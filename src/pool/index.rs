@@ -1,0 +1,231 @@
+//! The orders over accounts and leases that keep every decision cheap:
+//! lendable accounts by slots in use, accounts by the instant at which they
+//! change class, held slots by the instant at which they fall due.
+
+use super::account::Class;
+use super::{Account, AccountId, File, Item, KeyId, Pool, Tier};
+use std::collections::BTreeSet;
+use std::ops::Bound;
+
+/// What one tier's accounts amount to, at the pool's horizon.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Tally {
+    /// Accounts in the pool: their files are there and good.
+    pub(crate) accounts: u64,
+    pub(crate) lendable: u64,
+    pub(crate) cooling: u64,
+    pub(crate) expired: u64,
+    pub(crate) invalid: u64,
+    /// Accounts that the keyspace names and this node has no file of.
+    pub(crate) missing: u64,
+    /// Slots in use, of all accounts.
+    pub(crate) used: u64,
+    /// Slots that could be lent.
+    pub(crate) free: u64,
+}
+
+impl Tally {
+    /// Adds or takes away one account's part.
+    fn count(&mut self, account: &Account, capacity: u32, add: bool) {
+        let step = |field: &mut u64, amount: u64| {
+            *field = if add { *field + amount } else { field.saturating_sub(amount) };
+        };
+        let used = account.used();
+        step(&mut self.used, used);
+        if account.class.in_pool() {
+            step(&mut self.accounts, 1);
+        }
+        match account.class {
+            Class::Lendable => {
+                step(&mut self.lendable, 1);
+                step(&mut self.free, u64::from(capacity).saturating_sub(used));
+            }
+            Class::Cooling => step(&mut self.cooling, 1),
+            Class::Expired => step(&mut self.expired, 1),
+            Class::Invalid => step(&mut self.invalid, 1),
+            Class::Unknown if account.is_recorded() => {
+                step(&mut self.missing, 1);
+            }
+            Class::Unknown | Class::Absent => {}
+        }
+    }
+}
+
+/// The orders over one tier's accounts.
+#[derive(Debug)]
+pub(super) struct TierIndex {
+    /// Lendable accounts with a free slot, by slots in use.
+    pub(super) buckets: Vec<Vec<AccountId>>,
+    pub(super) tally: Tally,
+    /// Ends of cooldowns of accounts with a good file.
+    pub(super) cooldowns: BTreeSet<(i64, AccountId)>,
+    /// Ends of tokens.
+    pub(super) expiries: BTreeSet<(i64, AccountId)>,
+    /// Accounts that are cooling or whose token has expired, and that keys
+    /// still hold slots of.
+    pub(super) stale: BTreeSet<AccountId>,
+}
+
+impl TierIndex {
+    pub(super) fn new(capacity: u32) -> Self {
+        Self {
+            buckets: vec![Vec::new(); capacity as usize],
+            tally: Tally::default(),
+            cooldowns: BTreeSet::new(),
+            expiries: BTreeSet::new(),
+            stale: BTreeSet::new(),
+        }
+    }
+
+    pub(super) fn resize(&mut self, capacity: u32) {
+        self.buckets = vec![Vec::new(); capacity as usize];
+    }
+
+    /// The accounts whose class may differ between two instants.
+    fn crossed(&self, from: i64, to: i64) -> Vec<AccountId> {
+        let (low, high) = (from.min(to), from.max(to));
+        let range = (
+            Bound::Excluded((low, AccountId::LAST)),
+            Bound::Included((high, AccountId::LAST)),
+        );
+        let ends = self.cooldowns.range(range);
+        ends.chain(self.expiries.range(range)).map(|&(_, id)| id).collect()
+    }
+}
+
+impl Pool {
+    /// Sorts accounts into lendable and not as of `now`. Costs as much as there
+    /// are accounts whose class changes between the last such instant and this.
+    pub(super) fn advance(&mut self, now: i64) {
+        if now == self.horizon {
+            return;
+        }
+        let from = std::mem::replace(&mut self.horizon, now);
+        for tier in Tier::ALL {
+            for id in self.tier(tier).crossed(from, now) {
+                self.detach(id);
+                self.attach(id);
+            }
+        }
+    }
+
+    /// Takes an account out of its tier's orders before it changes.
+    pub(super) fn detach(&mut self, id: AccountId) {
+        let capacity = self.capacity;
+        let Self { accounts, tiers, .. } = self;
+        let Some(account) = accounts.get_mut(id.slot()) else {
+            return;
+        };
+        let Some(index) = tiers.get_mut(account.tier.index()) else {
+            return;
+        };
+        index.tally.count(account, capacity, false);
+        index.stale.remove(&id);
+        let Some((bucket, position)) = account.bucket.take() else {
+            return;
+        };
+        let Some(bucket) = index.buckets.get_mut(bucket as usize) else {
+            return;
+        };
+        let position = position as usize;
+        if position < bucket.len() {
+            bucket.swap_remove(position);
+        }
+        let moved = bucket.get(position).copied();
+        if let Some(moved) = moved.and_then(|moved| accounts.get_mut(moved.slot()))
+            && let Some((_, place)) = &mut moved.bucket
+        {
+            *place = u32::try_from(position).unwrap_or(u32::MAX);
+        }
+    }
+
+    /// Puts an account into its tier's orders after it has changed, and notes
+    /// whether something about it needs putting right.
+    pub(super) fn attach(&mut self, id: AccountId) {
+        let (capacity, horizon) = (self.capacity, self.horizon);
+        let Self { accounts, tiers, .. } = self;
+        let Some(account) = accounts.get_mut(id.slot()) else {
+            return;
+        };
+        let Some(index) = tiers.get_mut(account.tier.index()) else {
+            return;
+        };
+        account.class = account.class_at(horizon);
+        index.tally.count(account, capacity, true);
+        let stale = matches!(account.class, Class::Cooling | Class::Expired);
+        if stale && !account.holders.is_empty() {
+            index.stale.insert(id);
+        }
+        if account.class == Class::Lendable
+            && let Some(bucket) = index.buckets.get_mut(account.holders.len())
+            && let Ok(number) = u32::try_from(account.holders.len())
+            && let Ok(position) = u32::try_from(bucket.len())
+        {
+            bucket.push(id);
+            account.bucket = Some((number, position));
+        }
+        if !self.supposing && self.account_is_off(id) {
+            self.queue(Item::Account(id));
+        }
+    }
+
+    /// Keeps the ends of an account's cooldown and token in order; `present`
+    /// says whether to enter or to remove them.
+    pub(super) fn index_ends(&mut self, id: AccountId, present: bool) {
+        let Self { accounts, tiers, .. } = self;
+        let Some(account) = accounts.get(id.slot()) else {
+            return;
+        };
+        let Some(index) = tiers.get_mut(account.tier.index()) else {
+            return;
+        };
+        let File::Valid(credential) = &account.file else {
+            return;
+        };
+        let keep = |ends: &mut BTreeSet<(i64, AccountId)>, end: i64| {
+            if present {
+                ends.insert((end, id));
+            } else {
+                ends.remove(&(end, id));
+            }
+        };
+        if account.cooldown.is_set() {
+            keep(&mut index.cooldowns, account.cooldown.until);
+        }
+        if let Some(end) = credential.expires_at {
+            keep(&mut index.expiries, end);
+        }
+    }
+
+    /// Gives the key a slot of the account, `at` that place among its holders
+    /// (the last, if there are fewer).
+    pub(super) fn seat(&mut self, key: KeyId, account: AccountId, at: usize) {
+        self.detach(account);
+        if let Some(account) = self.accounts.get_mut(account.slot()) {
+            let at = at.min(account.holders.len());
+            account.holders.insert(at, key);
+        }
+        if let Some(entry) = self.keys.get_mut(key.slot()) {
+            entry.holds = Some(account);
+            self.due.insert((entry.due(), key));
+        }
+        self.attach(account);
+    }
+
+    /// Takes the key's slot away; answers the account and the place it had.
+    pub(super) fn unseat(&mut self, key: KeyId) -> Option<(AccountId, usize)> {
+        let entry = self.keys.get_mut(key.slot())?;
+        let account = entry.holds.take()?;
+        self.due.remove(&(entry.due(), key));
+        self.detach(account);
+        let mut place = 0;
+        if let Some(account) = self.accounts.get_mut(account.slot()) {
+            place = account.holders.iter().position(|&holder| holder == key).unwrap_or(0);
+            if account.holders.get(place) == Some(&key) {
+                account.holders.remove(place);
+            }
+        }
+        self.attach(account);
+        Some((account, place))
+    }
+}

@@ -1,0 +1,331 @@
+//! Bringing what the keyspace and the account files say into the view. Every
+//! way in is idempotent: being told twice is being told once.
+
+use super::account::Account;
+use super::key::{Key, NEVER, Standing};
+use super::{
+    AccountId, Cooldown, File, Item, KeyId, KeyRecord, Pool, Rotation, Stored, Tier, index::TierIndex,
+};
+use std::collections::BTreeSet;
+use std::hash::BuildHasher;
+
+/// What a view says of a key, but for numbers that another view has otherwise.
+type KeyFacts<'a> = ((Standing, Tier, i64, i64, i64, bool), [Option<&'a str>; 3]);
+/// The same of an account.
+type AccountFacts<'a> = (Stored, &'a Cooldown, u32, BTreeSet<&'a str>);
+
+impl Pool {
+    /// A client key's record is now this, or gone.
+    pub(crate) fn observe_key(&mut self, name: &str, record: Option<KeyRecord<'_>>) {
+        if record.is_none() && self.find_key(name).is_none() {
+            return;
+        }
+        let Some(id) = self.intern_key(name) else {
+            return;
+        };
+        let (standing, tier, bound, expires_at) = match record {
+            None => (Standing::Unregistered, Tier::Medium, None, i64::MAX),
+            Some(KeyRecord::Malformed(flaw)) => (Standing::Malformed(flaw), Tier::Medium, None, i64::MAX),
+            Some(KeyRecord::Good { tier, bound, expires_at, active }) => {
+                let standing = match (active, bound) {
+                    (false, _) => Standing::Revoked,
+                    (true, Some(_)) => Standing::Bound,
+                    (true, None) => Standing::Pooled,
+                };
+                (standing, tier, bound, expires_at.unwrap_or(i64::MAX))
+            }
+        };
+        let bound = bound.and_then(|account| self.intern_account(tier, account));
+        self.add_ref(bound);
+        let mut former = None;
+        if let Some(key) = self.keys.get_mut(id.slot()) {
+            former = std::mem::replace(&mut key.bound, bound);
+            let held = key.holds.is_some();
+            if held {
+                self.due.remove(&(key.due(), id));
+            }
+            key.standing = standing;
+            key.tier = tier;
+            key.expires_at = expires_at;
+            if held {
+                self.due.insert((key.due(), id));
+            }
+        }
+        self.drop_ref(former);
+        self.finish_key(id);
+    }
+
+    /// A client key's lease is now this, or gone.
+    pub(crate) fn observe_rotation(&mut self, name: &str, rotation: Option<Rotation<'_>>) {
+        if rotation.is_none() && self.find_key(name).is_none() {
+            return;
+        }
+        let Some(id) = self.intern_key(name) else {
+            return;
+        };
+        let rotation = rotation.unwrap_or_default();
+        // Leases are of the pooled tier; a name of another tier's account is
+        // a name without an account there.
+        let holds = rotation.account.and_then(|name| self.intern_account(Tier::Medium, name));
+        let previous = rotation.previous.and_then(|name| self.intern_account(Tier::Medium, name));
+        // The new account must outlive the removal of the old lease.
+        self.add_ref(holds);
+        self.add_ref(previous);
+        let same = self.key(id).is_some_and(|key| key.holds == holds);
+        let left = if same { None } else { self.unseat(id) };
+        let mut former = None;
+        if let Some(key) = self.keys.get_mut(id.slot()) {
+            if same && holds.is_some() {
+                self.due.remove(&(key.due(), id));
+            }
+            key.last = rotation.last.unwrap_or(NEVER);
+            key.next = rotation.next.unwrap_or(NEVER);
+            key.holds_garbage = rotation.account_is_garbage;
+            former = std::mem::replace(&mut key.previous, previous);
+            if same && holds.is_some() {
+                self.due.insert((key.due(), id));
+            }
+        }
+        if let (false, Some(account)) = (same, holds) {
+            self.seat(id, account, usize::MAX);
+        }
+        self.drop_ref(former);
+        self.drop_ref(holds);
+        if let Some((account, _)) = left {
+            self.drop_idle_account(account);
+        }
+        self.finish_key(id);
+    }
+
+    /// An account's slots in use are now recorded as this.
+    pub(crate) fn observe_slots(&mut self, tier: Tier, name: &str, stored: Stored) {
+        if stored == Stored::Absent && self.find_account(tier, name).is_none() {
+            return;
+        }
+        self.change_account(tier, name, |account| account.stored = stored);
+    }
+
+    /// An account is now recorded as cooling down until `until` (unix ms);
+    /// 0: it is not.
+    pub(crate) fn observe_cooldown(&mut self, tier: Tier, name: &str, until: i64) {
+        if until == 0 && self.find_account(tier, name).is_none() {
+            return;
+        }
+        self.change_account(tier, name, |account| account.cooldown.until = until);
+    }
+
+    /// The reason of an account's cooldown is now recorded as this.
+    pub(crate) fn observe_reason(&mut self, tier: Tier, name: &str, reason: Option<&str>) {
+        if reason.is_none() && self.find_account(tier, name).is_none() {
+            return;
+        }
+        let reason = reason.map(Into::into);
+        self.change_account(tier, name, |account| account.cooldown.reason = reason);
+    }
+
+    /// This node's account folder now says this of an account.
+    pub(crate) fn set_file(&mut self, tier: Tier, name: &str, file: File) {
+        if matches!(file, File::Absent | File::Unknown) && self.find_account(tier, name).is_none() {
+            return;
+        }
+        self.change_account(tier, name, |account| account.file = file);
+    }
+
+    /// What this node's account folder says of an account.
+    pub(crate) fn file(&self, tier: Tier, name: &str) -> Option<&File> {
+        let id = self.find_account(tier, name)?;
+        self.account(id).map(|account| &account.file)
+    }
+
+    /// Whether a tier's folder on this node is the whole truth: then a name
+    /// without a file is no account, and its leases are given up. Otherwise
+    /// such a name is left as the keyspace has it.
+    pub(crate) fn set_trusts_folder(&mut self, tier: Tier, trusts: bool) {
+        if let Some(flag) = self.trusts_folder.get_mut(tier.index()) {
+            *flag = trusts;
+        }
+        if !trusts {
+            return;
+        }
+        let unknown: Vec<AccountId> = self
+            .accounts
+            .iter()
+            .filter(|(_, account)| account.tier == tier && matches!(account.file, File::Unknown))
+            .filter_map(|(slot, _)| AccountId::new(slot))
+            .collect();
+        for id in unknown {
+            self.change(id, |account| account.file = File::Absent);
+        }
+    }
+
+    /// This node follows another now: it no longer knows which accounts there
+    /// are, only which files it has.
+    pub(crate) fn follow(&mut self) {
+        self.trusts_folder = [false; 3];
+        let absent: Vec<AccountId> = self
+            .accounts
+            .iter()
+            .filter(|(_, account)| matches!(account.file, File::Absent))
+            .filter_map(|(slot, _)| AccountId::new(slot))
+            .collect();
+        for id in absent {
+            self.change(id, |account| account.file = File::Unknown);
+        }
+    }
+
+    /// A pool that knows this one's files and settings, and nothing of any
+    /// keyspace: where a rebuild begins, and what is left after a flush.
+    pub(crate) fn without_keyspace(&self) -> Self {
+        let mut fresh = Self::new(self.capacity, self.rotation_ms);
+        fresh.horizon = self.horizon;
+        fresh.trusts_folder = self.trusts_folder;
+        for (_, account) in &self.accounts {
+            fresh.set_file(account.tier, &account.name, account.file.clone());
+        }
+        fresh
+    }
+
+    /// In how many keys and accounts this view differs from another one.
+    pub(crate) fn differences(&self, other: &Self) -> u64 {
+        let names = self.keys.iter().chain(&other.keys).map(|(_, key)| &*key.name);
+        let names: BTreeSet<&str> = names.collect();
+        let keys = names.into_iter().filter(|name| self.facts_of_key(name) != other.facts_of_key(name));
+        let names = self.accounts.iter().chain(&other.accounts);
+        let names: BTreeSet<(Tier, &str)> = names.map(|(_, account)| (account.tier, &*account.name)).collect();
+        let differs = |tier, name| self.facts_of_account(tier, name) != other.facts_of_account(tier, name);
+        let accounts = names.into_iter().filter(|&(tier, name)| differs(tier, name));
+        (keys.count() + accounts.count()) as u64
+    }
+
+    fn facts_of_key(&self, name: &str) -> Option<KeyFacts<'_>> {
+        let key = self.key(self.find_key(name)?)?;
+        let account = |id: Option<AccountId>| id.and_then(|id| self.account_name(id));
+        Some((
+            (key.standing, key.tier, key.expires_at, key.last, key.next, key.holds_garbage),
+            [account(key.holds), account(key.previous), account(key.bound)],
+        ))
+    }
+
+    fn facts_of_account(&self, tier: Tier, name: &str) -> Option<AccountFacts<'_>> {
+        let account = self.account(self.find_account(tier, name)?)?;
+        let holders = account.holders.iter().filter_map(|&id| self.key(id)).map(|key| &*key.name);
+        Some((account.stored, &account.cooldown, account.refs, holders.collect()))
+    }
+
+    pub(super) fn find_key(&self, name: &str) -> Option<KeyId> {
+        let hash = self.hasher.hash_one(name);
+        let found = self.key_names.find(hash, |id| self.keys.get(id.slot()).is_some_and(|key| &*key.name == name));
+        found.copied()
+    }
+
+    fn intern_key(&mut self, name: &str) -> Option<KeyId> {
+        if let Some(id) = self.find_key(name) {
+            return Some(id);
+        }
+        let id = KeyId::new(self.keys.vacant_key())?;
+        self.keys.insert(Key::new(name));
+        let Self { keys, key_names, hasher, .. } = self;
+        key_names.insert_unique(hasher.hash_one(name), id, |id| {
+            keys.get(id.slot()).map_or(0, |key| hasher.hash_one(&*key.name))
+        });
+        Some(id)
+    }
+
+    pub(super) fn find_account(&self, tier: Tier, name: &str) -> Option<AccountId> {
+        let hash = self.hasher.hash_one((tier, name));
+        let found = self.account_names.find(hash, |id| {
+            let account = self.accounts.get(id.slot());
+            account.is_some_and(|account| account.tier == tier && &*account.name == name)
+        });
+        found.copied()
+    }
+
+    fn intern_account(&mut self, tier: Tier, name: &str) -> Option<AccountId> {
+        if let Some(id) = self.find_account(tier, name) {
+            return Some(id);
+        }
+        let file = if self.trusts_folder.get(tier.index()) == Some(&true) {
+            File::Absent
+        } else {
+            File::Unknown
+        };
+        let slot = self.accounts.vacant_key();
+        let id = AccountId::new(slot)?;
+        self.accounts.insert(Account::new(tier, name, file));
+        let Self { accounts, account_names, hasher, .. } = self;
+        account_names.insert_unique(hasher.hash_one((tier, name)), id, |id| {
+            let account = accounts.get(id.slot());
+            account.map_or(0, |account| hasher.hash_one((account.tier, &*account.name)))
+        });
+        self.attach(id);
+        Some(id)
+    }
+
+    fn change_account(&mut self, tier: Tier, name: &str, change: impl FnOnce(&mut Account)) {
+        if let Some(id) = self.intern_account(tier, name) {
+            self.change(id, change);
+        }
+    }
+
+    fn change(&mut self, id: AccountId, change: impl FnOnce(&mut Account)) {
+        self.detach(id);
+        self.index_ends(id, false);
+        if let Some(account) = self.accounts.get_mut(id.slot()) {
+            change(account);
+        }
+        self.index_ends(id, true);
+        self.attach(id);
+        self.drop_idle_account(id);
+    }
+
+    fn add_ref(&mut self, id: Option<AccountId>) {
+        if let Some(account) = id.and_then(|id| self.accounts.get_mut(id.slot())) {
+            account.refs += 1;
+        }
+    }
+
+    fn drop_ref(&mut self, id: Option<AccountId>) {
+        let Some(id) = id else { return };
+        if let Some(account) = self.accounts.get_mut(id.slot()) {
+            account.refs = account.refs.saturating_sub(1);
+        }
+        self.drop_idle_account(id);
+    }
+
+    fn drop_idle_account(&mut self, id: AccountId) {
+        if !self.account(id).is_some_and(Account::is_idle) {
+            return;
+        }
+        self.detach(id);
+        let account = self.accounts.remove(id.slot());
+        let hash = self.hasher.hash_one((account.tier, &*account.name));
+        if let Ok(entry) = self.account_names.find_entry(hash, |&found| found == id) {
+            entry.remove();
+        }
+    }
+
+    /// After a key has changed: note what needs putting right, or drop the key
+    /// when nothing is left of it.
+    fn finish_key(&mut self, id: KeyId) {
+        if self.key_is_off(id) {
+            self.queue(Item::Key(id));
+        }
+        if !self.key(id).is_some_and(Key::is_idle) {
+            return;
+        }
+        let key = self.keys.remove(id.slot());
+        let hash = self.hasher.hash_one(&*key.name);
+        if let Ok(entry) = self.key_names.find_entry(hash, |&found| found == id) {
+            entry.remove();
+        }
+        self.drop_ref(key.bound);
+    }
+}
+
+impl TierIndex {
+    /// The whole choice there is: the accounts with the fewest slots in use.
+    pub(super) fn least_used(&self) -> Option<&[AccountId]> {
+        let bucket = self.buckets.iter().find(|bucket| !bucket.is_empty());
+        bucket.map(Vec::as_slice)
+    }
+}

@@ -1,0 +1,323 @@
+//! The pool's keys in Redis: every name, every read, every write. It decides
+//! nothing.
+
+use crate::errors::Failure;
+use crate::ffi::{self, WrongType};
+use crate::pool::{Effect, Flaw, KeyFields, KeyRecord, Pool, Rotation, RotationFields, Stored, Tier, names};
+use redis_module::{CallOptions, CallOptionsBuilder, CallReply, CallResult, Context, RedisString};
+
+const CLIENT_KEYS: &str = "client_keys:";
+const KEY_ROTATION: &str = "key_rotation:";
+const SLOTS: &str = "_pool:slots:";
+const COOLDOWN: &str = "_pool:cooldown:";
+const REASON: &str = "_pool:cooldown_reason:";
+
+/// A key of the pool, by its parts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PoolKey<'a> {
+    /// `client_keys:{key}`, a hash: the key's record.
+    ClientKey(&'a str),
+    /// `key_rotation:{key}`, a hash: the key's lease.
+    Rotation(&'a str),
+    /// `{tier}_pool:slots:{account}`, a string: slots in use.
+    Slots(Tier, &'a str),
+    /// `{tier}_pool:cooldown:{account}`, a string: unix ms of its end.
+    Cooldown(Tier, &'a str),
+    /// `{tier}_pool:cooldown_reason:{account}`, a string: why it cools down.
+    Reason(Tier, &'a str),
+}
+
+impl<'a> PoolKey<'a> {
+    /// The key of that name, if it is one of the pool's.
+    pub(crate) fn parse(name: &'a [u8]) -> Option<Self> {
+        let after = |prefix: &str| name.strip_prefix(prefix.as_bytes());
+        if let Some(key) = after(CLIENT_KEYS) {
+            return names::client_key(key).map(Self::ClientKey);
+        }
+        if let Some(key) = after(KEY_ROTATION) {
+            return names::client_key(key).map(Self::Rotation);
+        }
+        let (tier, rest) = Tier::ALL.into_iter().find_map(|tier| {
+            let rest = name.strip_prefix(tier.name().as_bytes())?;
+            Some((tier, rest))
+        })?;
+        let account = |prefix: &str| rest.strip_prefix(prefix.as_bytes()).and_then(names::account_name);
+        if let Some(account) = account(SLOTS) {
+            return Some(Self::Slots(tier, account));
+        }
+        if let Some(account) = account(COOLDOWN) {
+            return Some(Self::Cooldown(tier, account));
+        }
+        account(REASON).map(|account| Self::Reason(tier, account))
+    }
+
+    /// The key's name.
+    pub(crate) fn name(self) -> String {
+        match self {
+            Self::ClientKey(key) => format!("{CLIENT_KEYS}{key}"),
+            Self::Rotation(key) => format!("{KEY_ROTATION}{key}"),
+            Self::Slots(tier, account) => format!("{tier}{SLOTS}{account}"),
+            Self::Cooldown(tier, account) => format!("{tier}{COOLDOWN}{account}"),
+            Self::Reason(tier, account) => format!("{tier}{REASON}{account}"),
+        }
+    }
+
+    /// Reads the key, and answers what brings it into a view. The two are apart
+    /// because reading may make Redis expire keys, which comes back in here.
+    pub(crate) fn read(self, ctx: &Context) -> Observation<'a> {
+        let name = self.name();
+        match self {
+            Self::ClientKey(key) => {
+                let fields = [c"tier", c"use_pool", c"account_name", c"expires_at", c"active"];
+                Observation::ClientKey(key, ffi::read_hash(ctx, name.as_bytes(), fields))
+            }
+            Self::Rotation(key) => {
+                let fields = [c"account", c"next_rotation", c"last_rotation", c"previous_account"];
+                Observation::Rotation(key, ffi::read_hash(ctx, name.as_bytes(), fields))
+            }
+            Self::Slots(tier, account) => {
+                let stored = match read_string(ctx, &name) {
+                    Ok(None) => Stored::Absent,
+                    Ok(Some(text)) => decimal(&text).map_or(Stored::Garbage, Stored::Count),
+                    Err(WrongType) => Stored::Garbage,
+                };
+                Observation::Slots(tier, account, stored)
+            }
+            Self::Cooldown(tier, account) => {
+                let text = read_string(ctx, &name).ok().flatten();
+                let until = text.and_then(|text| decimal(&text)).and_then(|until| i64::try_from(until).ok());
+                Observation::Cooldown(tier, account, until.unwrap_or(0))
+            }
+            Self::Reason(tier, account) => {
+                let text = read_string(ctx, &name).ok().flatten();
+                let reason = text.and_then(|text| names::text(&text).map(str::to_owned));
+                Observation::Reason(tier, account, reason)
+            }
+        }
+    }
+}
+
+type Hash<const N: usize> = Result<Option<[Option<RedisString>; N]>, WrongType>;
+
+/// What a key of the pool holds.
+pub(crate) enum Observation<'a> {
+    ClientKey(&'a str, Hash<5>),
+    Rotation(&'a str, Hash<4>),
+    Slots(Tier, &'a str, Stored),
+    Cooldown(Tier, &'a str, i64),
+    Reason(Tier, &'a str, Option<String>),
+}
+
+impl Observation<'_> {
+    /// Brings what was read into the view.
+    pub(crate) fn enter(self, pool: &mut Pool) {
+        match self {
+            Self::ClientKey(key, Ok(None)) => pool.observe_key(key, None),
+            Self::ClientKey(key, Err(WrongType)) => pool.observe_key(key, Some(KeyRecord::Malformed(Flaw::Type))),
+            Self::ClientKey(key, Ok(Some(fields))) => {
+                let [tier, use_pool, account_name, expires_at, active] =
+                    fields.each_ref().map(|field| field.as_ref().map(RedisString::as_slice));
+                let fields = KeyFields { tier, use_pool, account_name, expires_at, active };
+                pool.observe_key(key, Some(KeyRecord::parse(&fields)));
+            }
+            Self::Rotation(key, Ok(None) | Err(WrongType)) => pool.observe_rotation(key, None),
+            Self::Rotation(key, Ok(Some(fields))) => {
+                let [account, next_rotation, last_rotation, previous_account] =
+                    fields.each_ref().map(|field| field.as_ref().map(RedisString::as_slice));
+                let fields = RotationFields { account, next_rotation, last_rotation, previous_account };
+                pool.observe_rotation(key, Some(Rotation::parse(&fields)));
+            }
+            Self::Slots(tier, account, stored) => pool.observe_slots(tier, account, stored),
+            Self::Cooldown(tier, account, until) => pool.observe_cooldown(tier, account, until),
+            Self::Reason(tier, account, reason) => pool.observe_reason(tier, account, reason.as_deref()),
+        }
+    }
+}
+
+/// A new client key's record.
+#[derive(Debug)]
+pub(crate) struct Registration<'a> {
+    pub(crate) key: &'a str,
+    pub(crate) tier: Tier,
+    /// The account that the key is bound to; none: it uses the pool.
+    pub(crate) account: Option<&'a str>,
+    /// Unix ms.
+    pub(crate) created_at: i64,
+    /// Unix ms.
+    pub(crate) expires_at: i64,
+    pub(crate) name: &'a str,
+}
+
+/// Writes a new client key's record.
+pub(crate) fn register(ctx: &Context, new: &Registration<'_>) -> Result<(), Failure> {
+    let (created_at, expires_at) = (new.created_at.to_string(), new.expires_at.to_string());
+    let use_pool = if new.account.is_none() { "true" } else { "false" };
+    let name = PoolKey::ClientKey(new.key).name();
+    let mut args = vec![name.as_str(), "tier", new.tier.name(), "use_pool", use_pool];
+    if let Some(account) = new.account {
+        args.extend(["account_name", account]);
+    }
+    args.extend(["created_at", &created_at, "expires_at", &expires_at, "active", "true"]);
+    if !new.name.is_empty() {
+        args.extend(["name", new.name]);
+    }
+    Writer::new(ctx).write("HSET", &args)
+}
+
+/// The fields of a client key's record that the rules don't need:
+/// `created_at` and `name`, as stored.
+pub(crate) fn read_label(ctx: &Context, key: &str) -> [Option<Vec<u8>>; 2] {
+    let name = PoolKey::ClientKey(key).name();
+    let fields = ffi::read_hash(ctx, name.as_bytes(), [c"created_at", c"name"]);
+    let fields = fields.ok().flatten().unwrap_or_default();
+    fields.map(|field| field.map(|text| text.as_slice().to_vec()))
+}
+
+/// Carries effects out, each as replicated commands. Nothing is written when
+/// one of them can't be.
+pub(crate) fn apply(ctx: &Context, effects: &[Effect]) -> Result<(), Failure> {
+    for effect in effects {
+        let hash = match effect {
+            Effect::Lend { key, .. } | Effect::Free { key, .. } | Effect::Release { key, .. } => {
+                PoolKey::Rotation(key).name()
+            }
+            Effect::Deactivate { key } => PoolKey::ClientKey(key).name(),
+            _ => continue,
+        };
+        if !ffi::can_hold_hash(ctx, hash.as_bytes()) {
+            return Err(Failure::WrongType);
+        }
+    }
+    let writer = Writer::new(ctx);
+    effects.iter().try_for_each(|effect| writer.apply(effect))
+}
+
+struct Writer<'a> {
+    ctx: &'a Context,
+    options: CallOptions,
+}
+
+impl<'a> Writer<'a> {
+    fn new(ctx: &'a Context) -> Self {
+        let options = CallOptionsBuilder::new().replicate().errors_as_replies().build();
+        Self { ctx, options }
+    }
+
+    fn write(&self, command: &str, args: &[&str]) -> Result<(), Failure> {
+        let result: CallResult<'_> = self.ctx.call_ext(command, &self.options, args);
+        result.map(drop).map_err(|error| {
+            let text = String::from_utf8_lossy(error.as_bytes()).into_owned();
+            let word = text.split(' ').next().unwrap_or_default();
+            let message = format!("a write of the module was refused: {command}: {word}");
+            ffi::log(redis_module::logging::RedisLogLevel::Warning, &message);
+            Failure::Write
+        })
+    }
+
+    fn apply(&self, effect: &Effect) -> Result<(), Failure> {
+        match effect {
+            Effect::Lend { key, account, previous, last, next } => {
+                let (name, last, next) = (PoolKey::Rotation(key).name(), last.to_string(), next.to_string());
+                let mut args = vec![&*name, "account", account, "next_rotation", &next, "last_rotation", &last];
+                if let Some(previous) = previous {
+                    args.extend(["previous_account", previous]);
+                }
+                self.write("HSET", &args)
+            }
+            Effect::Free { key, account } => self.free(key, account.as_deref(), &["account"]),
+            Effect::Release { key, account } => self.free(key, account.as_deref(), &["account", "next_rotation"]),
+            Effect::Forget { key } => self.write("DEL", &[&PoolKey::Rotation(key).name()]),
+            Effect::Slots { tier, account, used } => {
+                self.write("SET", &[&PoolKey::Slots(*tier, account).name(), &used.to_string()])
+            }
+            Effect::Leave { tier, account } => {
+                let names = [
+                    PoolKey::Slots(*tier, account).name(),
+                    PoolKey::Cooldown(*tier, account).name(),
+                    PoolKey::Reason(*tier, account).name(),
+                ];
+                self.write("DEL", &names.each_ref().map(String::as_str))
+            }
+            Effect::Cool { tier, account, until, reason } => {
+                let why = PoolKey::Reason(*tier, account).name();
+                self.write("SET", &[&PoolKey::Cooldown(*tier, account).name(), &until.to_string()])?;
+                match reason {
+                    Some(reason) => self.write("SET", &[&why, reason]),
+                    None => self.write("DEL", &[&why]),
+                }
+            }
+            Effect::Warm { tier, account } => {
+                let names = [PoolKey::Cooldown(*tier, account).name(), PoolKey::Reason(*tier, account).name()];
+                self.write("DEL", &names.each_ref().map(String::as_str))
+            }
+            Effect::Deactivate { key } => self.write("HSET", &[&PoolKey::ClientKey(key).name(), "active", "false"]),
+        }
+    }
+
+    fn free(&self, key: &str, account: Option<&str>, fields: &[&str]) -> Result<(), Failure> {
+        let name = PoolKey::Rotation(key).name();
+        let mut args = vec![name.as_str()];
+        args.extend(fields);
+        self.write("HDEL", &args)?;
+        match account {
+            Some(account) => self.write("HSET", &[&name, "previous_account", account]),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The string at a key. Read through the command: the direct way would rewrite
+/// the value in place when it is stored as a number.
+fn read_string(ctx: &Context, name: &str) -> Result<Option<Vec<u8>>, WrongType> {
+    let options = CallOptionsBuilder::new().errors_as_replies().build();
+    let result: CallResult<'_> = ctx.call_ext("GET", &options, &[name]);
+    match result {
+        Ok(CallReply::String(text)) => Ok(Some(text.as_bytes().to_vec())),
+        Ok(_) => Ok(None),
+        Err(_) => Err(WrongType),
+    }
+}
+
+fn decimal(text: &[u8]) -> Option<u64> {
+    std::str::from_utf8(text).ok()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read_as_they_are_written() {
+        let keys = [
+            PoolKey::ClientKey("sk-cli-v1-xxxxx"),
+            PoolKey::Rotation("sk-cli-v1-xxxxx"),
+            PoolKey::Slots(Tier::Medium, "account_name"),
+            PoolKey::Cooldown(Tier::High, "account_name"),
+            PoolKey::Reason(Tier::Supreme, "account_name"),
+        ];
+        for key in keys {
+            assert_eq!(PoolKey::parse(key.name().as_bytes()), Some(key));
+        }
+        assert_eq!(keys[1].name(), "key_rotation:sk-cli-v1-xxxxx");
+        assert_eq!(keys[2].name(), "medium_pool:slots:account_name");
+    }
+
+    #[test]
+    fn other_names_are_not_the_pools() {
+        let others = [
+            "",
+            "client_keys:",
+            "client_keys:with blank",
+            "client_keys",
+            "medium_pool:slots:",
+            "medium_pool:slots:a/b",
+            "gold_pool:slots:a",
+            "mediumpool:slots:a",
+            "xmedium_pool:slots:a",
+        ];
+        for name in others {
+            assert_eq!(PoolKey::parse(name.as_bytes()), None, "{name}");
+        }
+        assert_eq!(PoolKey::parse(b"client_keys:\xff\0"), None);
+    }
+}
