@@ -95,7 +95,13 @@ keygen_main() {
   if [[ -z $pooled ]]; then command[2]=$target; fi
   command+=(DAYS "$days")
   if [[ -n $has_label ]]; then command+=(NAME "$label"); fi
-  redis_ask "${command[@]}"
+  redis_try "${command[@]}"
+  if [[ $outcome == refused && $error_text == NOACCOUNT* ]]; then
+    local -a hints=("Put its file at account/$tier/$target.json; pool-status.sh shows the accounts there are.")
+    if [[ $tier == medium && $target =~ ^[0-9]+$ ]]; then hints+=("For a pool key of $target days: medium.sh pool $target"); fi
+    die "$EXIT_REFUSED" "$error_text" "${hints[@]}"
+  fi
+  if [[ $outcome != ok ]]; then redis_fail; fi
   if [[ ${lines[0]-} != key || ${lines[2]-} != tier || ${lines[4]-} != account || ${lines[6]-} != expires_at ]]; then
     die_reply MPOOL.KEYGEN
   fi
@@ -116,30 +122,18 @@ keygen_main() {
   printf '\nLease its account:\n  %s MPOOL.ACQUIRE %s '\''*'\''\n' "$(cli_as_typed)" "$key"
   printf 'Use it through a forwarder at http://127.0.0.1:8080:\n'
   printf '  curl -H '\''x-api-key: %s'\'' http://127.0.0.1:8080/v1/models\n' "$key"
-  keygen_note "$tier" "$target" "$pooled"
+  if [[ -n $pooled ]]; then pool_note; fi
 }
 
-# keygen_note: the key is made; says so if it can't lease anything yet. Never fails.
-keygen_note() {
-  local tier=$1 account=$2 pooled=$3
-  if [[ -z $pooled ]]; then
-    # The module keeps this key for each account that it knows.
-    redis_try EXISTS "${tier}_pool:slots:$account"
-    if [[ $outcome == ok && ${lines[0]-} == 0 ]]; then
-      printf '\nNote: no account %s is known yet. Put its file at account/%s/%s.json.\n' "$account" "$tier" "$account" >&2
-    fi
-    if [[ $account =~ ^[0-9]+$ ]]; then
-      printf '\nNote: %s was taken as an account'\''s name. For days: %s.sh %s %s.\n' \
-        "$account" "$tier" "$([[ $tier == medium ]] && echo pool || echo ACCOUNT)" "$account" >&2
-    fi
-    return 0
-  fi
+# pool_note: the key is made; says so if it can't lease anything now. Never fails.
+pool_note() {
   redis_try MPOOL.STATUS
   # now and its value, the tier's name, then its fields: accounts, slots, used, free, …
   if [[ $outcome != ok || ${lines[2]-} != medium || ${lines[7]-} != used || ${lines[9]-} != free ]]; then return 0; fi
-  if ((lines[10] == 0 && lines[8] == 0)); then
-    printf '\nNote: the pool has no usable account yet. Put account files into account/%s/, and see pool-status.sh.\n' "$tier" >&2
-  elif ((lines[10] == 0)); then
-    printf '\nNote: every slot of the pool is in use at present. See pool-status.sh.\n' >&2
+  if ((lines[10] > 0)); then return 0; fi
+  if ((lines[8] == 0)); then
+    printf '\nNote: the pool has no usable account now. Put account files into account/medium/, and see pool-status.sh.\n' >&2
+  else
+    printf '\nNote: every slot of the pool is in use now. See pool-status.sh.\n' >&2
   fi
 }

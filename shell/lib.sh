@@ -155,8 +155,8 @@ hint_for() {
     REVOKED) echo "The key was revoked. Make a new one with medium.sh, high.sh or supreme.sh." ;;
     EXPIRED) echo "The key is past its validity. Make a new one with medium.sh, high.sh or supreme.sh." ;;
     POOLFULL) echo "Every slot is in use; the last number is the time (unix ms) at which the next falls due. See pool-status.sh." ;;
-    NOACCOUNT) echo "No usable account: put an account's JSON file into account/TIER/, and see pool-status.sh." ;;
-    NOTOKEN) echo "This node does not have the account's file: put it into account/TIER/ here too." ;;
+    NOACCOUNT) echo "No usable account: put an account's JSON file into account/ and its tier's folder, and see pool-status.sh." ;;
+    NOTOKEN) echo "This node does not have the account's file: put it into account/ and its tier's folder here too." ;;
     READONLY) echo "This Redis is a replica: set MPOOL_REDIS_HOST and MPOOL_REDIS_PORT to its primary." ;;
     MISCONF) echo "Redis can't save to disk and takes no writes: see its log and free some disk." ;;
     OOM) echo "Redis is at its maxmemory and takes no writes." ;;

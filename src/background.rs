@@ -95,7 +95,11 @@ fn put_right(gil: &Gil) -> Progress {
 /// Brings one change of a file into the node.
 pub(crate) fn enter(node: &mut Node, change: Change) {
     match change {
-        Change::Valid { tier, name, credential } => node.pool.set_file(tier, &name, File::Valid(credential)),
+        Change::Valid {
+            tier,
+            name,
+            credential,
+        } => node.pool.set_file(tier, &name, File::Valid(credential)),
         Change::Invalid { tier, name, reason } => {
             let message = format!("account file {tier}/{name}.json can't be used: {reason}");
             ffi::log(RedisLogLevel::Warning, &message);

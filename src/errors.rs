@@ -36,8 +36,15 @@ impl From<Refusal> for Failure {
 }
 
 /// What counts refusals in `INFO`: the code words that clients meet.
-pub(crate) const CODES: [&str; 7] =
-    ["nokey", "revoked", "expired", "poolfull", "noaccount", "notoken", "err"];
+pub(crate) const CODES: [&str; 7] = [
+    "nokey",
+    "revoked",
+    "expired",
+    "poolfull",
+    "noaccount",
+    "notoken",
+    "err",
+];
 
 impl Failure {
     /// The place of the failure's code among [`CODES`].
@@ -47,7 +54,9 @@ impl Failure {
             Self::Refused(Refusal::Revoked) => 1,
             Self::Refused(Refusal::Expired) => 2,
             Self::Refused(Refusal::PoolFull { .. }) => 3,
-            Self::Refused(Refusal::NoAccount { .. } | Refusal::BoundAccount | Refusal::NoSuchAccount) => 4,
+            Self::Refused(
+                Refusal::NoAccount { .. } | Refusal::BoundAccount | Refusal::NoSuchAccount,
+            ) => 4,
             Self::NoToken => 5,
             _ => 6,
         }
@@ -78,11 +87,17 @@ fn refused(refusal: &Refusal, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         Refusal::Revoked => "REVOKED this key has been revoked",
         Refusal::Expired => "EXPIRED this key has expired",
         Refusal::PoolFull { next: Some(next) } => {
-            return write!(f, "POOLFULL every account is full; the next slot falls due at {next}");
+            return write!(
+                f,
+                "POOLFULL every account is full; the next slot falls due at {next}"
+            );
         }
         Refusal::PoolFull { next: None } => "POOLFULL every account is full",
         Refusal::NoAccount { next: Some(next) } => {
-            return write!(f, "NOACCOUNT no account of this tier can be used; the first cooldown ends at {next}");
+            return write!(
+                f,
+                "NOACCOUNT no account of this tier can be used; the first cooldown ends at {next}"
+            );
         }
         Refusal::NoAccount { next: None } => "NOACCOUNT no account of this tier can be used",
         Refusal::BoundAccount => "NOACCOUNT the account that this key is bound to can't be used",
@@ -96,7 +111,10 @@ mod tests {
 
     #[test]
     fn the_last_word_of_poolfull_is_the_next_due_time() {
-        let text = Failure::from(Refusal::PoolFull { next: Some(1_755_266_400_000) }).to_string();
+        let text = Failure::from(Refusal::PoolFull {
+            next: Some(1_755_266_400_000),
+        })
+        .to_string();
         assert_eq!(text.split(' ').next(), Some("POOLFULL"));
         assert_eq!(text.split(' ').next_back(), Some("1755266400000"));
     }

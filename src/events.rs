@@ -6,7 +6,9 @@ use crate::ffi;
 use crate::node;
 use crate::store::PoolKey;
 use redis_module::logging::RedisLogLevel;
-use redis_module::server_events::{LOADING_SERVER_EVENTS_LIST, LoadingSubevent, ROLE_CHANGED_SERVER_EVENTS_LIST, ServerRole};
+use redis_module::server_events::{
+    LOADING_SERVER_EVENTS_LIST, LoadingSubevent, ROLE_CHANGED_SERVER_EVENTS_LIST, ServerRole,
+};
 use redis_module::{Context, NotifyEvent};
 
 /// A key has changed, in whatever way: it is read anew.

@@ -57,15 +57,26 @@ pub(crate) enum ArgKind {
 
 impl Arg {
     pub(crate) const fn new(name: &'static CStr, kind: ArgKind) -> Self {
-        Self { name, kind, token: None, optional: false }
+        Self {
+            name,
+            kind,
+            token: None,
+            optional: false,
+        }
     }
 
     pub(crate) const fn token(self, token: &'static CStr) -> Self {
-        Self { token: Some(token), ..self }
+        Self {
+            token: Some(token),
+            ..self
+        }
     }
 
     pub(crate) const fn optional(self) -> Self {
-        Self { optional: true, ..self }
+        Self {
+            optional: true,
+            ..self
+        }
     }
 }
 
@@ -103,7 +114,10 @@ impl<'a> Call<'a> {
         // SAFETY: a plain call with this command's own context. The symbol is
         // absent on servers before 7.0 and then not called.
         unsafe {
-            if let (Some(redact), Ok(place)) = (raw::RedisModule_RedactClientCommandArgument, c_int::try_from(place)) {
+            if let (Some(redact), Ok(place)) = (
+                raw::RedisModule_RedactClientCommandArgument,
+                c_int::try_from(place),
+            ) {
                 redact(self.ctx.ctx, place);
             }
         }
@@ -122,7 +136,8 @@ impl<'a> Call<'a> {
         // SAFETY: called from within a command, with its context; no callbacks
         // are given, so none can outlive what they use.
         let client = unsafe {
-            raw::RedisModule_BlockClient.and_then(|block| NonNull::new(block(self.ctx.ctx, None, None, None, 0)))
+            raw::RedisModule_BlockClient
+                .and_then(|block| NonNull::new(block(self.ctx.ctx, None, None, None, 0)))
         };
         Blocked { client }
     }
@@ -143,7 +158,10 @@ impl Blocked {
         // SAFETY: a thread-safe context of a live handle, used only for replies
         // (which need no lock) and freed here.
         unsafe {
-            if let (Some(open), Some(close)) = (raw::RedisModule_GetThreadSafeContext, raw::RedisModule_FreeThreadSafeContext) {
+            if let (Some(open), Some(close)) = (
+                raw::RedisModule_GetThreadSafeContext,
+                raw::RedisModule_FreeThreadSafeContext,
+            ) {
                 let ctx = open(client.as_ptr());
                 let written = catch_unwind(AssertUnwindSafe(|| write(&Reply { ctx })));
                 close(ctx);
@@ -159,7 +177,9 @@ impl Drop for Blocked {
     fn drop(&mut self) {
         // SAFETY: the handle is live until this very call, which happens once.
         unsafe {
-            if let (Some(client), Some(unblock)) = (self.client.take(), raw::RedisModule_UnblockClient) {
+            if let (Some(client), Some(unblock)) =
+                (self.client.take(), raw::RedisModule_UnblockClient)
+            {
                 unblock(client.as_ptr(), ptr::null_mut());
             }
         }
@@ -223,13 +243,19 @@ fn log_panic(what: &str, panic: &(dyn Any + Send)) {
     let text = panic.downcast_ref::<&str>().copied();
     let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
     let text = text.unwrap_or("no message");
-    log(RedisLogLevel::Warning, &format!("panic in {what}, which is a bug: {text}"));
+    log(
+        RedisLogLevel::Warning,
+        &format!("panic in {what}, which is a bug: {text}"),
+    );
 }
 
 /// A line in Redis's log. The server takes the text as a C format, so what
 /// would be special there is made plain.
 pub(crate) fn log(level: RedisLogLevel, message: &str) {
-    let plain: String = message.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    let plain: String = message
+        .chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect();
     let ctx = Context::new(DETACHED.load(Ordering::Acquire));
     ctx.log(level, &plain.replace('%', "%%"));
 }
@@ -244,9 +270,17 @@ extern "C" fn run_command<C: Command>(
         Ok(argc) if !argv.is_null() => unsafe { std::slice::from_raw_parts(argv, argc) },
         _ => &[],
     };
-    let call = Call { ctx: Context::new(ctx), argv, replied: Cell::new(false) };
+    let call = Call {
+        ctx: Context::new(ctx),
+        argv,
+        replied: Cell::new(false),
+    };
     let arity = C::SPEC.arity;
-    let fits = if arity < 0 { argc >= -arity } else { argc == arity };
+    let fits = if arity < 0 {
+        argc >= -arity
+    } else {
+        argc == arity
+    };
     if !fits {
         // SAFETY: a plain call with this command's own context.
         unsafe {
@@ -381,12 +415,30 @@ fn argument_list(
             entry.flags = raw::REDISMODULE_CMD_ARG_OPTIONAL as c_int;
         }
         let (kind, parts): (_, &[Arg]) = match arg.kind {
-            ArgKind::Text => (raw::RedisModuleCommandArgType_REDISMODULE_ARG_TYPE_STRING, &[]),
-            ArgKind::Integer => (raw::RedisModuleCommandArgType_REDISMODULE_ARG_TYPE_INTEGER, &[]),
-            ArgKind::Instant => (raw::RedisModuleCommandArgType_REDISMODULE_ARG_TYPE_UNIX_TIME, &[]),
-            ArgKind::Word => (raw::RedisModuleCommandArgType_REDISMODULE_ARG_TYPE_PURE_TOKEN, &[]),
-            ArgKind::OneOf(parts) => (raw::RedisModuleCommandArgType_REDISMODULE_ARG_TYPE_ONEOF, parts),
-            ArgKind::Block(parts) => (raw::RedisModuleCommandArgType_REDISMODULE_ARG_TYPE_BLOCK, parts),
+            ArgKind::Text => (
+                raw::RedisModuleCommandArgType_REDISMODULE_ARG_TYPE_STRING,
+                &[],
+            ),
+            ArgKind::Integer => (
+                raw::RedisModuleCommandArgType_REDISMODULE_ARG_TYPE_INTEGER,
+                &[],
+            ),
+            ArgKind::Instant => (
+                raw::RedisModuleCommandArgType_REDISMODULE_ARG_TYPE_UNIX_TIME,
+                &[],
+            ),
+            ArgKind::Word => (
+                raw::RedisModuleCommandArgType_REDISMODULE_ARG_TYPE_PURE_TOKEN,
+                &[],
+            ),
+            ArgKind::OneOf(parts) => (
+                raw::RedisModuleCommandArgType_REDISMODULE_ARG_TYPE_ONEOF,
+                parts,
+            ),
+            ArgKind::Block(parts) => (
+                raw::RedisModuleCommandArgType_REDISMODULE_ARG_TYPE_BLOCK,
+                parts,
+            ),
         };
         entry.type_ = kind;
         entry.subargs = argument_list(parts, since, lists);
@@ -454,7 +506,13 @@ pub(crate) fn read_hash<const N: usize>(
         // ends with a null; the string written, if any, is ours to free.
         unsafe {
             let get = raw::RedisModule_HashGet?;
-            get(key.0.as_ptr(), flags, field.as_ptr(), &raw mut value, ptr::null::<c_char>());
+            get(
+                key.0.as_ptr(),
+                flags,
+                field.as_ptr(),
+                &raw mut value,
+                ptr::null::<c_char>(),
+            );
         }
         (!value.is_null()).then(|| RedisString::from_redis_module_string(ptr::null_mut(), value))
     });
@@ -463,8 +521,10 @@ pub(crate) fn read_hash<const N: usize>(
 
 /// Whether a key is free for a hash: not there, or holding one.
 pub(crate) fn can_hold_hash(ctx: &Context, name: &[u8]) -> bool {
-    let kind = OpenKey::open(ctx, name).map_or(raw::REDISMODULE_KEYTYPE_EMPTY as c_int, |key| key.kind());
-    kind == raw::REDISMODULE_KEYTYPE_EMPTY as c_int || kind == raw::REDISMODULE_KEYTYPE_HASH as c_int
+    let kind =
+        OpenKey::open(ctx, name).map_or(raw::REDISMODULE_KEYTYPE_EMPTY as c_int, |key| key.kind());
+    kind == raw::REDISMODULE_KEYTYPE_EMPTY as c_int
+        || kind == raw::REDISMODULE_KEYTYPE_HASH as c_int
 }
 
 /// The key holds another type than it should.
@@ -477,7 +537,9 @@ static DETACHED: AtomicPtr<raw::RedisModuleCtx> = AtomicPtr::new(ptr::null_mut()
 /// Prepares for threads that need the server's lock; once a load.
 pub(crate) fn open_detached(ctx: &Context) {
     // SAFETY: a plain call with the context of the module's load.
-    let detached = unsafe { raw::RedisModule_GetDetachedThreadSafeContext.map_or(ptr::null_mut(), |open| open(ctx.ctx)) };
+    let detached = unsafe {
+        raw::RedisModule_GetDetachedThreadSafeContext.map_or(ptr::null_mut(), |open| open(ctx.ctx))
+    };
     DETACHED.store(detached, Ordering::Release);
 }
 
@@ -511,7 +573,11 @@ impl Gil {
             let taken = unsafe { raw::RedisModule_ThreadSafeContextTryLock.map(|lock| lock(ctx)) };
             match taken {
                 None => return None,
-                Some(result) if result == Status::Ok as c_int => return Some(Self { ctx: Context::new(ctx) }),
+                Some(result) if result == Status::Ok as c_int => {
+                    return Some(Self {
+                        ctx: Context::new(ctx),
+                    });
+                }
                 Some(_) => std::thread::sleep(PAUSE),
             }
         }
@@ -539,7 +605,10 @@ pub(crate) fn must_not_write() -> bool {
 /// Asks to be told when databases are flushed or swapped.
 pub(crate) fn subscribe(ctx: &Context) -> Result<(), &'static str> {
     let events = [
-        (raw::REDISMODULE_EVENT_FLUSHDB, on_flush as unsafe extern "C" fn(_, _, _, _)),
+        (
+            raw::REDISMODULE_EVENT_FLUSHDB,
+            on_flush as unsafe extern "C" fn(_, _, _, _),
+        ),
         (raw::REDISMODULE_EVENT_SWAPDB, on_swap),
     ];
     for (id, callback) in events {
@@ -577,6 +646,8 @@ unsafe extern "C" fn on_swap(
         return;
     };
     if swap.dbnum_first == 0 || swap.dbnum_second == 0 {
-        guarded("the swap event", || crate::events::swapped(&Context::new(ctx)));
+        guarded("the swap event", || {
+            crate::events::swapped(&Context::new(ctx))
+        });
     }
 }

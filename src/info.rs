@@ -33,7 +33,8 @@ fn report(ctx: &InfoContext) -> RedisResult<()> {
         let refusals = CODES.iter().zip(counters.refusals);
         fields.extend(refusals.map(|(code, count)| (format!("refused_{code}"), count)));
         let tiers = Tier::ALL.map(|tier| (tier, node.pool.summary(tier, now)));
-        let sum = |part: fn(&crate::pool::Summary) -> u64| tiers.iter().map(|(_, tier)| part(tier)).sum();
+        let sum =
+            |part: fn(&crate::pool::Summary) -> u64| tiers.iter().map(|(_, tier)| part(tier)).sum();
         fields.push(("accounts".to_owned(), sum(|tier| tier.tally.accounts)));
         fields.push(("slots".to_owned(), sum(|tier| tier.slots)));
         fields.push(("leases".to_owned(), sum(|tier| tier.leases)));

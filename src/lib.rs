@@ -67,7 +67,9 @@ fn start(ctx: &Context, args: &[RedisString]) -> Result<(), &'static str> {
     ffi::open_detached(ctx);
     let flags = ctx.get_flags();
     if flags.contains(ContextFlags::CLUSTER) {
-        return Err("the keys of a pool belong together, which cluster mode would spread over nodes; use Sentinel");
+        return Err(
+            "the keys of a pool belong together, which cluster mode would spread over nodes; use Sentinel",
+        );
     }
     settings::register(ctx, args).map_err(|()| "a setting is not accepted, see above")?;
     register_commands(ctx)?;
@@ -78,7 +80,10 @@ fn start(ctx: &Context, args: &[RedisString]) -> Result<(), &'static str> {
     let pool = pool::Pool::new(settings::slots_per_account(), settings::rotation_ms());
     let mut node = node::Node::new(pool, flags.contains(ContextFlags::MASTER));
     if !found.readable.contains(&true) {
-        ffi::log(RedisLogLevel::Warning, "account-dir has no readable folder medium, high or supreme yet");
+        ffi::log(
+            RedisLogLevel::Warning,
+            "account-dir has no readable folder medium, high or supreme yet",
+        );
     }
     for change in found.changes {
         background::enter(&mut node, change);
@@ -93,26 +98,40 @@ fn start(ctx: &Context, args: &[RedisString]) -> Result<(), &'static str> {
     events::warn_of_eviction(ctx);
 
     let stopping = Arc::new(AtomicBool::new(false));
-    let sink = background::Background { stopping: Arc::clone(&stopping) };
-    let watcher = accounts::Watcher::start(scanner, sink).map_err(|_| "the watcher's thread can't be started")?;
+    let sink = background::Background {
+        stopping: Arc::clone(&stopping),
+    };
+    let watcher = accounts::Watcher::start(scanner, sink)
+        .map_err(|_| "the watcher's thread can't be started")?;
     watcher.wake();
     node::install_watcher(Some(watcher));
-    *STOPPING.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(stopping);
+    *STOPPING
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner) = Some(stopping);
     Ok(())
 }
 
 fn unload(_ctx: &Context) -> Status {
     ffi::guarded("the module's unload", || {
-        if let Some(stopping) = STOPPING.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take() {
+        if let Some(stopping) = STOPPING
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .take()
+        {
             stopping.store(true, Ordering::Relaxed);
         }
-        if let Some(watcher) = node::install_watcher(None) {
-            watcher.stop();
+        if !node::install_watcher(None).is_none_or(accounts::Watcher::stop) {
+            ffi::log(
+                RedisLogLevel::Warning,
+                "not unloaded: the watcher's thread waits for a file; try again",
+            );
+            return Status::Err;
         }
         node::install(None);
         ffi::close_detached();
-    });
-    Status::Ok
+        Status::Ok
+    })
+    .unwrap_or(Status::Err)
 }
 
 // Under test there is no server whose allocator could be used.

@@ -114,12 +114,19 @@ pub(crate) fn install(node: Option<Node>) {
 
 /// Puts the watcher in place; answers the one before.
 pub(crate) fn install_watcher(watcher: Option<Watcher>) -> Option<Watcher> {
-    std::mem::replace(&mut *WATCHER.lock().unwrap_or_else(PoisonError::into_inner), watcher)
+    std::mem::replace(
+        &mut *WATCHER.lock().unwrap_or_else(PoisonError::into_inner),
+        watcher,
+    )
 }
 
 /// Does something with the watcher, if there is one.
 pub(crate) fn with_watcher<R>(run: impl FnOnce(&Watcher) -> R) -> Option<R> {
-    WATCHER.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(run)
+    WATCHER
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .as_ref()
+        .map(run)
 }
 
 /// Have the view rebuilt before it is used again.
@@ -129,7 +136,9 @@ pub(crate) fn suspect() {
 
 /// This server's clock, in unix ms.
 pub(crate) fn clock() -> i64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
     i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
 }
 
@@ -138,11 +147,12 @@ pub(crate) fn rebuilt(ctx: &Context) -> Result<Pool, Failure> {
     let pool = RefCell::new(with(|node| node.pool.without_keyspace())?);
     let cursor = KeysCursor::new();
     let names = RefCell::new(Vec::new());
-    let collect = |_: &Context, name: &redis_module::RedisString, _: Option<&redis_module::key::RedisKey>| {
-        if PoolKey::parse(name.as_slice()).is_some() {
-            names.borrow_mut().push(name.as_slice().to_vec());
-        }
-    };
+    let collect =
+        |_: &Context, name: &redis_module::RedisString, _: Option<&redis_module::key::RedisKey>| {
+            if PoolKey::parse(name.as_slice()).is_some() {
+                names.borrow_mut().push(name.as_slice().to_vec());
+            }
+        };
     loop {
         let more = cursor.scan(ctx, &collect);
         for name in names.take() {

@@ -6,7 +6,8 @@ use crate::ffi;
 use crate::node;
 use crate::pool::{DEFAULT_CAPACITY, DEFAULT_ROTATION_MS, MAX_CAPACITY, MAX_ROTATION_MS};
 use redis_module::configuration::{
-    ConfigurationContext, ConfigurationFlags, register_i64_configuration, register_string_configuration,
+    ConfigurationContext, ConfigurationFlags, register_i64_configuration,
+    register_string_configuration,
 };
 use redis_module::logging::RedisLogLevel;
 use redis_module::{ConfigurationValue, Context, RedisError, RedisString};
@@ -27,7 +28,10 @@ struct AccountDir(Mutex<String>);
 
 impl AccountDir {
     fn text(&self) -> String {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 }
 
@@ -86,7 +90,9 @@ fn parse(args: &[RedisString]) -> Result<Arguments, &'static str> {
         account_dir: folder(b"account")?,
     };
     let number = |value: &RedisString, max: i64| {
-        let number = std::str::from_utf8(value.as_slice()).ok().and_then(|text| text.parse::<i64>().ok());
+        let number = std::str::from_utf8(value.as_slice())
+            .ok()
+            .and_then(|text| text.parse::<i64>().ok());
         number.filter(|number| (1..=max).contains(number))
     };
     let mut args = args.iter();
@@ -95,8 +101,8 @@ fn parse(args: &[RedisString]) -> Result<Arguments, &'static str> {
         match name.as_slice() {
             b"account-dir" => parsed.account_dir = folder(value.as_slice())?,
             b"slots-per-account" => {
-                parsed.slots_per_account =
-                    number(value, i64::from(MAX_CAPACITY)).ok_or("slots-per-account must be a number from 1 to 1024")?;
+                parsed.slots_per_account = number(value, i64::from(MAX_CAPACITY))
+                    .ok_or("slots-per-account must be a number from 1 to 1024")?;
             }
             b"rotation-ms" => {
                 parsed.rotation_ms = number(value, MAX_ROTATION_MS)
@@ -116,7 +122,11 @@ pub(crate) fn register(ctx: &Context, args: &[RedisString]) -> Result<(), ()> {
     // The server applies the defaults too; this is for one that does not.
     SLOTS_PER_ACCOUNT.store(args.slots_per_account, Ordering::Relaxed);
     ROTATION_MS.store(args.rotation_ms, Ordering::Relaxed);
-    ACCOUNT_DIR.0.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&args.account_dir);
+    ACCOUNT_DIR
+        .0
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .clone_from(&args.account_dir);
     register_i64_configuration(
         ctx,
         "slots-per-account",

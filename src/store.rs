@@ -3,7 +3,9 @@
 
 use crate::errors::Failure;
 use crate::ffi::{self, WrongType};
-use crate::pool::{Effect, Flaw, KeyFields, KeyRecord, Pool, Rotation, RotationFields, Stored, Tier, names};
+use crate::pool::{
+    Effect, Flaw, KeyFields, KeyRecord, Pool, Rotation, RotationFields, Stored, Tier, names,
+};
 use redis_module::{CallOptions, CallOptionsBuilder, CallReply, CallResult, Context, RedisString};
 
 const CLIENT_KEYS: &str = "client_keys:";
@@ -41,7 +43,10 @@ impl<'a> PoolKey<'a> {
             let rest = name.strip_prefix(tier.name().as_bytes())?;
             Some((tier, rest))
         })?;
-        let account = |prefix: &str| rest.strip_prefix(prefix.as_bytes()).and_then(names::account_name);
+        let account = |prefix: &str| {
+            rest.strip_prefix(prefix.as_bytes())
+                .and_then(names::account_name)
+        };
         if let Some(account) = account(SLOTS) {
             return Some(Self::Slots(tier, account));
         }
@@ -68,11 +73,22 @@ impl<'a> PoolKey<'a> {
         let name = self.name();
         match self {
             Self::ClientKey(key) => {
-                let fields = [c"tier", c"use_pool", c"account_name", c"expires_at", c"active"];
+                let fields = [
+                    c"tier",
+                    c"use_pool",
+                    c"account_name",
+                    c"expires_at",
+                    c"active",
+                ];
                 Observation::ClientKey(key, ffi::read_hash(ctx, name.as_bytes(), fields))
             }
             Self::Rotation(key) => {
-                let fields = [c"account", c"next_rotation", c"last_rotation", c"previous_account"];
+                let fields = [
+                    c"account",
+                    c"next_rotation",
+                    c"last_rotation",
+                    c"previous_account",
+                ];
                 Observation::Rotation(key, ffi::read_hash(ctx, name.as_bytes(), fields))
             }
             Self::Slots(tier, account) => {
@@ -85,7 +101,9 @@ impl<'a> PoolKey<'a> {
             }
             Self::Cooldown(tier, account) => {
                 let text = read_string(ctx, &name).ok().flatten();
-                let until = text.and_then(|text| decimal(&text)).and_then(|until| i64::try_from(until).ok());
+                let until = text
+                    .and_then(|text| decimal(&text))
+                    .and_then(|until| i64::try_from(until).ok());
                 Observation::Cooldown(tier, account, until.unwrap_or(0))
             }
             Self::Reason(tier, account) => {
@@ -113,23 +131,40 @@ impl Observation<'_> {
     pub(crate) fn enter(self, pool: &mut Pool) {
         match self {
             Self::ClientKey(key, Ok(None)) => pool.observe_key(key, None),
-            Self::ClientKey(key, Err(WrongType)) => pool.observe_key(key, Some(KeyRecord::Malformed(Flaw::Type))),
+            Self::ClientKey(key, Err(WrongType)) => {
+                pool.observe_key(key, Some(KeyRecord::Malformed(Flaw::Type)))
+            }
             Self::ClientKey(key, Ok(Some(fields))) => {
-                let [tier, use_pool, account_name, expires_at, active] =
-                    fields.each_ref().map(|field| field.as_ref().map(RedisString::as_slice));
-                let fields = KeyFields { tier, use_pool, account_name, expires_at, active };
+                let [tier, use_pool, account_name, expires_at, active] = fields
+                    .each_ref()
+                    .map(|field| field.as_ref().map(RedisString::as_slice));
+                let fields = KeyFields {
+                    tier,
+                    use_pool,
+                    account_name,
+                    expires_at,
+                    active,
+                };
                 pool.observe_key(key, Some(KeyRecord::parse(&fields)));
             }
             Self::Rotation(key, Ok(None) | Err(WrongType)) => pool.observe_rotation(key, None),
             Self::Rotation(key, Ok(Some(fields))) => {
-                let [account, next_rotation, last_rotation, previous_account] =
-                    fields.each_ref().map(|field| field.as_ref().map(RedisString::as_slice));
-                let fields = RotationFields { account, next_rotation, last_rotation, previous_account };
+                let [account, next_rotation, last_rotation, previous_account] = fields
+                    .each_ref()
+                    .map(|field| field.as_ref().map(RedisString::as_slice));
+                let fields = RotationFields {
+                    account,
+                    next_rotation,
+                    last_rotation,
+                    previous_account,
+                };
                 pool.observe_rotation(key, Some(Rotation::parse(&fields)));
             }
             Self::Slots(tier, account, stored) => pool.observe_slots(tier, account, stored),
             Self::Cooldown(tier, account, until) => pool.observe_cooldown(tier, account, until),
-            Self::Reason(tier, account, reason) => pool.observe_reason(tier, account, reason.as_deref()),
+            Self::Reason(tier, account, reason) => {
+                pool.observe_reason(tier, account, reason.as_deref())
+            }
         }
     }
 }
@@ -151,13 +186,24 @@ pub(crate) struct Registration<'a> {
 /// Writes a new client key's record.
 pub(crate) fn register(ctx: &Context, new: &Registration<'_>) -> Result<(), Failure> {
     let (created_at, expires_at) = (new.created_at.to_string(), new.expires_at.to_string());
-    let use_pool = if new.account.is_none() { "true" } else { "false" };
+    let use_pool = if new.account.is_none() {
+        "true"
+    } else {
+        "false"
+    };
     let name = PoolKey::ClientKey(new.key).name();
     let mut args = vec![name.as_str(), "tier", new.tier.name(), "use_pool", use_pool];
     if let Some(account) = new.account {
         args.extend(["account_name", account]);
     }
-    args.extend(["created_at", &created_at, "expires_at", &expires_at, "active", "true"]);
+    args.extend([
+        "created_at",
+        &created_at,
+        "expires_at",
+        &expires_at,
+        "active",
+        "true",
+    ]);
     if !new.name.is_empty() {
         args.extend(["name", new.name]);
     }
@@ -199,7 +245,10 @@ struct Writer<'a> {
 
 impl<'a> Writer<'a> {
     fn new(ctx: &'a Context) -> Self {
-        let options = CallOptionsBuilder::new().replicate().errors_as_replies().build();
+        let options = CallOptionsBuilder::new()
+            .replicate()
+            .errors_as_replies()
+            .build();
         Self { ctx, options }
     }
 
@@ -216,20 +265,45 @@ impl<'a> Writer<'a> {
 
     fn apply(&self, effect: &Effect) -> Result<(), Failure> {
         match effect {
-            Effect::Lend { key, account, previous, last, next } => {
-                let (name, last, next) = (PoolKey::Rotation(key).name(), last.to_string(), next.to_string());
-                let mut args = vec![&*name, "account", account, "next_rotation", &next, "last_rotation", &last];
+            Effect::Lend {
+                key,
+                account,
+                previous,
+                last,
+                next,
+            } => {
+                let (name, last, next) = (
+                    PoolKey::Rotation(key).name(),
+                    last.to_string(),
+                    next.to_string(),
+                );
+                let mut args = vec![
+                    &*name,
+                    "account",
+                    account,
+                    "next_rotation",
+                    &next,
+                    "last_rotation",
+                    &last,
+                ];
                 if let Some(previous) = previous {
                     args.extend(["previous_account", previous]);
                 }
                 self.write("HSET", &args)
             }
             Effect::Free { key, account } => self.free(key, account.as_deref(), &["account"]),
-            Effect::Release { key, account } => self.free(key, account.as_deref(), &["account", "next_rotation"]),
-            Effect::Forget { key } => self.write("DEL", &[&PoolKey::Rotation(key).name()]),
-            Effect::Slots { tier, account, used } => {
-                self.write("SET", &[&PoolKey::Slots(*tier, account).name(), &used.to_string()])
+            Effect::Release { key, account } => {
+                self.free(key, account.as_deref(), &["account", "next_rotation"])
             }
+            Effect::Forget { key } => self.write("DEL", &[&PoolKey::Rotation(key).name()]),
+            Effect::Slots {
+                tier,
+                account,
+                used,
+            } => self.write(
+                "SET",
+                &[&PoolKey::Slots(*tier, account).name(), &used.to_string()],
+            ),
             Effect::Leave { tier, account } => {
                 let names = [
                     PoolKey::Slots(*tier, account).name(),
@@ -238,19 +312,36 @@ impl<'a> Writer<'a> {
                 ];
                 self.write("DEL", &names.each_ref().map(String::as_str))
             }
-            Effect::Cool { tier, account, until, reason } => {
+            Effect::Cool {
+                tier,
+                account,
+                until,
+                reason,
+            } => {
                 let why = PoolKey::Reason(*tier, account).name();
-                self.write("SET", &[&PoolKey::Cooldown(*tier, account).name(), &until.to_string()])?;
+                self.write(
+                    "SET",
+                    &[
+                        &PoolKey::Cooldown(*tier, account).name(),
+                        &until.to_string(),
+                    ],
+                )?;
                 match reason {
                     Some(reason) => self.write("SET", &[&why, reason]),
                     None => self.write("DEL", &[&why]),
                 }
             }
             Effect::Warm { tier, account } => {
-                let names = [PoolKey::Cooldown(*tier, account).name(), PoolKey::Reason(*tier, account).name()];
+                let names = [
+                    PoolKey::Cooldown(*tier, account).name(),
+                    PoolKey::Reason(*tier, account).name(),
+                ];
                 self.write("DEL", &names.each_ref().map(String::as_str))
             }
-            Effect::Deactivate { key } => self.write("HSET", &[&PoolKey::ClientKey(key).name(), "active", "false"]),
+            Effect::Deactivate { key } => self.write(
+                "HSET",
+                &[&PoolKey::ClientKey(key).name(), "active", "false"],
+            ),
         }
     }
 

@@ -54,7 +54,10 @@ fn acquire(call: &Call<'_>, key: &str, now: i64, with_token: bool) -> Result<(),
             Ok(None) => return Ok(()),
             Ok(Some(chosen)) => chosen,
             Err(failure) => {
-                let full = matches!(failure, Failure::Refused(Refusal::PoolFull { .. } | Refusal::NoAccount { .. }));
+                let full = matches!(
+                    failure,
+                    Failure::Refused(Refusal::PoolFull { .. } | Refusal::NoAccount { .. })
+                );
                 // What is still to be put right may hold the slot that is missing.
                 if full && node::with(|node| node.pool.has_backlog())? {
                     node::settle(&call.ctx, node::SETTLE_LIMIT)?;
@@ -82,11 +85,17 @@ impl Answer {
 }
 
 fn reply(reply: &Reply, node: &Node, decision: &Decision, with_token: bool) {
-    let credential = node.pool.credential(decision.account).filter(|_| with_token);
+    let credential = node
+        .pool
+        .credential(decision.account)
+        .filter(|_| with_token);
     reply.map(if credential.is_some() { 7 } else { 5 });
     reply.field_text("account", node.pool.account_name(decision.account));
     reply.field_text("state", Some(decision.state.name()));
-    reply.field_text("previous_account", decision.previous.and_then(|id| node.pool.account_name(id)));
+    reply.field_text(
+        "previous_account",
+        decision.previous.and_then(|id| node.pool.account_name(id)),
+    );
     reply.field_integer("last_rotation", decision.last);
     reply.field_integer("next_rotation", decision.next);
     if let Some(credential) = credential {

@@ -34,10 +34,14 @@ impl Command for Cooldown {
         let account = super::account(call.arg(2))?;
         let now = super::now(call.arg(3))?;
         let ms = super::number(call.arg(4), 0, MAX_COOLDOWN_MS);
-        let ms = ms.ok_or(Failure::Syntax("ms must be a number of milliseconds from 0 to 315360000000"))?;
+        let ms = ms.ok_or(Failure::Syntax(
+            "ms must be a number of milliseconds from 0 to 315360000000",
+        ))?;
         let [reason] = super::options(call, 5, ["REASON"])?;
         let expected = "REASON must be UTF-8 text of at most 256 bytes without control characters";
-        let reason = reason.map(|reason| super::text(Some(reason), expected)).transpose()?;
+        let reason = reason
+            .map(|reason| super::text(Some(reason), expected))
+            .transpose()?;
         let until = (ms > 0).then(|| now.saturating_add(ms));
 
         node::prepare(&call.ctx)?;

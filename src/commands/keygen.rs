@@ -45,7 +45,9 @@ impl Command for Keygen {
             name => Some(super::account(name)?),
         };
         let [days, name, now] = super::options(call, 3, ["DAYS", "NAME", "NOW"])?;
-        let days = days.map_or(Some(DEFAULT_DAYS), |days| super::number(Some(days), 1, MAX_DAYS));
+        let days = days.map_or(Some(DEFAULT_DAYS), |days| {
+            super::number(Some(days), 1, MAX_DAYS)
+        });
         let days = days.ok_or(Failure::Syntax("DAYS must be a number from 1 to 36500"))?;
         let expected = "NAME must be UTF-8 text of at most 256 bytes without control characters";
         let name = name.map_or(Ok(""), |name| super::text(Some(name), expected))?;
@@ -66,7 +68,14 @@ impl Command for Keygen {
         if call.ctx.get_flags().contains(ContextFlags::OOM) {
             return Err(Failure::OutOfMemory);
         }
-        let new = Registration { key: &key, tier, account, created_at, expires_at, name };
+        let new = Registration {
+            key: &key,
+            tier,
+            account,
+            created_at,
+            expires_at,
+            name,
+        };
         store::register(&call.ctx, &new)?;
         let reply = call.reply();
         reply.map(4);
@@ -81,7 +90,9 @@ impl Command for Keygen {
 /// The prefix and 64 hex digits from the operating system's random source.
 fn generate() -> Result<String, Failure> {
     let mut bytes = [0_u8; 32];
-    SysRng.try_fill_bytes(&mut bytes).map_err(|_| Failure::NoRandom)?;
+    SysRng
+        .try_fill_bytes(&mut bytes)
+        .map_err(|_| Failure::NoRandom)?;
     let digits = bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]);
     let digits = digits.filter_map(|digit| char::from_digit(u32::from(digit), 16));
     Ok(names::CLIENT_KEY_PREFIX.chars().chain(digits).collect())

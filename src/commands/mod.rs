@@ -40,7 +40,9 @@ const SYNTAX: Failure = Failure::Syntax("syntax error; COMMAND DOCS shows what t
 fn key<'a>(call: &Call<'a>, place: usize) -> Result<&'a str, Failure> {
     call.redact(place);
     let key = call.arg(place).and_then(names::client_key);
-    key.ok_or(Failure::Syntax("a client key is 1 to 256 visible ASCII characters"))
+    key.ok_or(Failure::Syntax(
+        "a client key is 1 to 256 visible ASCII characters",
+    ))
 }
 
 /// An instant in unix ms; `*` is this server's clock.
@@ -66,7 +68,9 @@ fn tier(bytes: Option<&[u8]>) -> Result<Tier, Failure> {
 
 fn account(bytes: Option<&[u8]>) -> Result<&str, Failure> {
     let account = bytes.and_then(names::account_name);
-    account.ok_or(Failure::Syntax("an account's name is 1 to 128 of A-Z a-z 0-9 . _ @ + -"))
+    account.ok_or(Failure::Syntax(
+        "an account's name is 1 to 128 of A-Z a-z 0-9 . _ @ + -",
+    ))
 }
 
 fn text<'a>(bytes: Option<&'a [u8]>, expected: &'static str) -> Result<&'a str, Failure> {
@@ -75,12 +79,20 @@ fn text<'a>(bytes: Option<&'a [u8]>, expected: &'static str) -> Result<&'a str, 
 
 /// The named options at the end of a command, each with a value. Answers them
 /// in the order of `words`; a word that isn't there twice or unknown is an error.
-fn options<'a, const N: usize>(call: &Call<'a>, from: usize, words: [&str; N]) -> Result<[Option<&'a [u8]>; N], Failure> {
+fn options<'a, const N: usize>(
+    call: &Call<'a>,
+    from: usize,
+    words: [&str; N],
+) -> Result<[Option<&'a [u8]>; N], Failure> {
     let mut found = [None; N];
     let mut place = from;
     while let Some(word) = call.arg(place) {
-        let known = words.iter().position(|known| word.eq_ignore_ascii_case(known.as_bytes()));
-        let slot = known.and_then(|known| found.get_mut(known)).filter(|slot| slot.is_none());
+        let known = words
+            .iter()
+            .position(|known| word.eq_ignore_ascii_case(known.as_bytes()));
+        let slot = known
+            .and_then(|known| found.get_mut(known))
+            .filter(|slot| slot.is_none());
         let (Some(slot), Some(value)) = (slot, call.arg(place + 1)) else {
             return Err(SYNTAX);
         };

@@ -23,13 +23,19 @@ impl Command for Reload {
     };
 
     fn run(call: &Call<'_>) -> Result<(), Failure> {
-        if call.ctx.get_flags().intersects(ContextFlags::DENY_BLOCKING | ContextFlags::MULTI | ContextFlags::LUA) {
+        if call
+            .ctx
+            .get_flags()
+            .intersects(ContextFlags::DENY_BLOCKING | ContextFlags::MULTI | ContextFlags::LUA)
+        {
             return Err(Failure::CannotWait);
         }
         node::prepare(&call.ctx)?;
         let asked = node::with_watcher(|watcher| {
             let client = call.block();
-            watcher.rescan(Box::new(move |outcome| client.reply(|reply| report(reply, &outcome))));
+            watcher.rescan(Box::new(move |outcome| {
+                client.reply(|reply| report(reply, &outcome))
+            }));
         });
         asked.ok_or(Failure::NoWatcher)
     }

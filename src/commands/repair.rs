@@ -14,7 +14,8 @@ impl Command for Repair {
         flags: c"write",
         acl: c"write slow admin",
         arity: 1,
-        summary: c"Recomputes every counter and the view from the keyspace; says what it had to change",
+        summary:
+            c"Recomputes every counter and the view from the keyspace; says what it had to change",
         complexity: c"O(K) for all K keys of the database",
         since: c"0.1.0",
         args: &[],

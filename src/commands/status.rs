@@ -13,8 +13,12 @@ use crate::store;
 const DEFAULT_COUNT: usize = 100;
 const MAX_COUNT: i64 = 1000;
 
-const CURSOR: Arg = Arg::new(c"cursor", ArgKind::Text).token(c"CURSOR").optional();
-const COUNT: Arg = Arg::new(c"count", ArgKind::Integer).token(c"COUNT").optional();
+const CURSOR: Arg = Arg::new(c"cursor", ArgKind::Text)
+    .token(c"CURSOR")
+    .optional();
+const COUNT: Arg = Arg::new(c"count", ArgKind::Integer)
+    .token(c"COUNT")
+    .optional();
 
 pub(crate) struct Status;
 
@@ -50,7 +54,10 @@ impl Command for Status {
     };
 
     fn run(call: &Call<'_>) -> Result<(), Failure> {
-        let word = |word: &str| call.arg(1).is_some_and(|arg| arg.eq_ignore_ascii_case(word.as_bytes()));
+        let word = |word: &str| {
+            call.arg(1)
+                .is_some_and(|arg| arg.eq_ignore_ascii_case(word.as_bytes()))
+        };
         if word("KEY") {
             key(call)
         } else if word("ACCOUNTS") {
@@ -71,7 +78,8 @@ fn count(bytes: Option<&[u8]>) -> Result<usize, Failure> {
     let Some(bytes) = bytes else {
         return Ok(DEFAULT_COUNT);
     };
-    let count = super::number(Some(bytes), 1, MAX_COUNT).and_then(|count| usize::try_from(count).ok());
+    let count =
+        super::number(Some(bytes), 1, MAX_COUNT).and_then(|count| usize::try_from(count).ok());
     count.ok_or(Failure::Syntax("COUNT must be a number from 1 to 1000"))
 }
 
@@ -121,9 +129,13 @@ fn accounts(call: &Call<'_>) -> Result<(), Failure> {
     let tier = super::tier(call.arg(2))?;
     let [at, cursor, limit] = super::options(call, 3, ["NOW", "CURSOR", "COUNT"])?;
     let (now, limit) = (now(at)?, count(limit)?);
-    let cursor = cursor.map_or(Some(0), |cursor| super::number(Some(cursor), 0, i64::from(u32::MAX)));
+    let cursor = cursor.map_or(Some(0), |cursor| {
+        super::number(Some(cursor), 0, i64::from(u32::MAX))
+    });
     let cursor = cursor.and_then(|cursor| u64::try_from(cursor).ok());
-    let cursor = cursor.ok_or(Failure::Syntax("CURSOR must be 0 or what the page before ended with"))?;
+    let cursor = cursor.ok_or(Failure::Syntax(
+        "CURSOR must be 0 or what the page before ended with",
+    ))?;
     node::ensure_sound(&call.ctx)?;
     node::with(|node| {
         let page = node.pool.account_page(tier, now, cursor, limit);
@@ -144,7 +156,9 @@ fn leases(call: &Call<'_>) -> Result<(), Failure> {
         Some(text) => {
             let text = std::str::from_utf8(text).ok();
             let cursor = text.and_then(LeaseCursor::parse);
-            Some(cursor.ok_or(Failure::Syntax("CURSOR must be 0 or what the page before ended with"))?)
+            Some(cursor.ok_or(Failure::Syntax(
+                "CURSOR must be 0 or what the page before ended with",
+            ))?)
         }
     };
     node::ensure_sound(&call.ctx)?;
@@ -152,7 +166,10 @@ fn leases(call: &Call<'_>) -> Result<(), Failure> {
         // Only the pooled tier has leases.
         let limit = if tier.is_pooled() { limit } else { 0 };
         let page = node.pool.lease_page(after, limit);
-        let next = page.next.filter(|_| tier.is_pooled()).map_or_else(|| "0".to_owned(), |next| next.to_string());
+        let next = page
+            .next
+            .filter(|_| tier.is_pooled())
+            .map_or_else(|| "0".to_owned(), |next| next.to_string());
         let reply = call.reply();
         reply.map(2);
         reply.text("leases");
@@ -191,7 +208,10 @@ fn lease_rows(reply: &Reply, rows: &[LeaseStatus<'_>]) {
 /// Account files that can't be used: by content, then by name.
 fn invalid_files(reply: &Reply, node: &Node) {
     let by_content = node.pool.invalid_files(DEFAULT_COUNT);
-    let by_name = node.bad_names.keys().take(DEFAULT_COUNT.saturating_sub(by_content.len()));
+    let by_name = node
+        .bad_names
+        .keys()
+        .take(DEFAULT_COUNT.saturating_sub(by_content.len()));
     reply.array(by_content.len() + by_name.len());
     for (tier, name, reason) in by_content {
         invalid_file(reply, tier, &format!("{name}.json"), reason);

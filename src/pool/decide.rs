@@ -43,10 +43,14 @@ pub(crate) enum Refusal {
     Expired,
     /// Every lendable account is full; `next` is the unix ms at which the next
     /// slot falls due, when that is known.
-    PoolFull { next: Option<i64> },
+    PoolFull {
+        next: Option<i64>,
+    },
     /// No account of the tier can be lent; `next` is the unix ms at which the
     /// first cooldown ends, when one does.
-    NoAccount { next: Option<i64> },
+    NoAccount {
+        next: Option<i64>,
+    },
     /// The account that the key is bound to can't be used.
     BoundAccount,
     /// There is no account of that name.
@@ -111,7 +115,9 @@ impl Pool {
         let over = now >= key.next;
         let state = match key.holds {
             Some(account) => {
-                let kept = self.account(account).is_some_and(|account| account.class_at(now).keeps_leases());
+                let kept = self
+                    .account(account)
+                    .is_some_and(|account| account.class_at(now).keeps_leases());
                 if kept && !over {
                     return Ok(Decision {
                         account,
@@ -122,7 +128,11 @@ impl Pool {
                         effects: Vec::new(),
                     });
                 }
-                if over { State::Rotated } else { State::Failover }
+                if over {
+                    State::Rotated
+                } else {
+                    State::Failover
+                }
             }
             None if key.next == NEVER || key.previous.is_none() => State::Assigned,
             None if over => State::Rotated,
@@ -147,7 +157,13 @@ impl Pool {
         })
     }
 
-    fn choose(&mut self, id: KeyId, state: State, now: i64, rng: &mut impl Rng) -> Result<Decision, Refusal> {
+    fn choose(
+        &mut self,
+        id: KeyId,
+        state: State,
+        now: i64,
+        rng: &mut impl Rng,
+    ) -> Result<Decision, Refusal> {
         self.advance(now);
         let mut supposed = Vec::new();
         self.supposing = true;
@@ -162,7 +178,10 @@ impl Pool {
         let chosen = self.pick(avoided, rng).or_else(|| {
             // An account that this node has no file of can't be lent anew, but
             // a key that holds a slot of it is never refused for that.
-            own.filter(|&own| self.account(own).is_some_and(|own| own.class == Class::Unknown))
+            own.filter(|&own| {
+                self.account(own)
+                    .is_some_and(|own| own.class == Class::Unknown)
+            })
         });
         let outcome = match chosen {
             Some(account) => Ok(self.grant(id, account, avoided, state, now, &supposed)),
@@ -183,12 +202,16 @@ impl Pool {
     ) -> Decision {
         let next = now.saturating_add(self.rotation_ms);
         let others = supposed.iter().filter(|freed| freed.key != id);
-        let mut effects: Vec<Effect> = others.filter_map(|freed| self.free(freed.key, freed.account)).collect();
+        let mut effects: Vec<Effect> = others
+            .filter_map(|freed| self.free(freed.key, freed.account))
+            .collect();
         if let (Some(key), Some(chosen)) = (self.key(id), self.account_name(account)) {
             effects.push(Effect::Lend {
                 key: key.name.clone(),
                 account: chosen.into(),
-                previous: previous.and_then(|previous| self.account_name(previous)).map(Into::into),
+                previous: previous
+                    .and_then(|previous| self.account_name(previous))
+                    .map(Into::into),
                 last: now,
                 next,
             });
@@ -205,7 +228,11 @@ impl Pool {
 
     fn refusal(&self, now: i64) -> Refusal {
         let index = self.tier(Tier::Medium);
-        let warm = index.cooldowns.iter().map(|&(until, _)| until).find(|&until| until > now);
+        let warm = index
+            .cooldowns
+            .iter()
+            .map(|&(until, _)| until)
+            .find(|&until| until > now);
         if index.tally.lendable == 0 {
             return Refusal::NoAccount { next: warm };
         }
@@ -217,14 +244,20 @@ impl Pool {
     /// One of the least used lendable accounts.
     fn pick(&self, avoided: Option<AccountId>, rng: &mut impl Rng) -> Option<AccountId> {
         let ties = self.tier(Tier::Medium).least_used()?;
-        let standing = avoided.and_then(|id| self.account(id)).and_then(|account| account.bucket);
+        let standing = avoided
+            .and_then(|id| self.account(id))
+            .and_then(|account| account.bucket);
         let place = standing
             .map(|(_, place)| place as usize)
             .filter(|&place| ties.len() > 1 && ties.get(place).copied() == avoided);
         let position = match place {
             Some(place) => {
                 let position = rng.random_range(0..ties.len() - 1);
-                if position >= place { position + 1 } else { position }
+                if position >= place {
+                    position + 1
+                } else {
+                    position
+                }
             }
             None => rng.random_range(0..ties.len()),
         };
@@ -237,8 +270,15 @@ impl Pool {
     fn suppose_swept(&mut self, now: i64, limit: usize, supposed: &mut Vec<Supposed>) -> bool {
         for done in 0..limit {
             let stale = self.tier(Tier::Medium).stale.first().copied();
-            let stale = stale.and_then(|id| self.account(id)).and_then(|account| account.holders.last());
-            let overdue = || self.due.first().filter(|&&(due, _)| due <= now).map(|&(_, key)| key);
+            let stale = stale
+                .and_then(|id| self.account(id))
+                .and_then(|account| account.holders.last());
+            let overdue = || {
+                self.due
+                    .first()
+                    .filter(|&&(due, _)| due <= now)
+                    .map(|&(_, key)| key)
+            };
             let Some(key) = stale.copied().or_else(overdue) else {
                 return done > 0;
             };
@@ -251,7 +291,11 @@ impl Pool {
 
     fn suppose_free(&mut self, key: KeyId, supposed: &mut Vec<Supposed>) -> Option<AccountId> {
         let (account, place) = self.unseat(key)?;
-        supposed.push(Supposed { key, account, place });
+        supposed.push(Supposed {
+            key,
+            account,
+            place,
+        });
         Some(account)
     }
 
@@ -261,12 +305,21 @@ impl Pool {
         let mut supposed = Vec::new();
         self.supposing = true;
         self.suppose_swept(now, SWEEP_LIMIT, &mut supposed);
-        effects.extend(supposed.iter().filter_map(|freed| self.free(freed.key, freed.account)));
+        effects.extend(
+            supposed
+                .iter()
+                .filter_map(|freed| self.free(freed.key, freed.account)),
+        );
         self.bring_back(supposed);
     }
 
     fn bring_back(&mut self, supposed: Vec<Supposed>) {
-        for Supposed { key, account, place } in supposed.into_iter().rev() {
+        for Supposed {
+            key,
+            account,
+            place,
+        } in supposed.into_iter().rev()
+        {
             self.seat(key, account, place);
         }
         self.supposing = false;
@@ -283,13 +336,16 @@ impl Pool {
     /// then is freed too.
     pub(crate) fn release(&mut self, name: &str, now: Option<i64>) -> Result<Freed, Refusal> {
         let id = self.find_key(name).ok_or(Refusal::NoKey)?;
-        let key = self.key(id).filter(|key| key.standing != Standing::Unregistered);
+        let key = self
+            .key(id)
+            .filter(|key| key.standing != Standing::Unregistered);
         let key = key.ok_or(Refusal::NoKey)?;
         let mut freed = Freed::default();
         self.let_go(key.name.clone(), key.holds, &mut freed);
         if let Some(now) = now {
             self.sweep(now, &mut freed.effects);
-            let own = |effect: &Effect| matches!(effect, Effect::Free { key, .. } if **key == *name);
+            let own =
+                |effect: &Effect| matches!(effect, Effect::Free { key, .. } if **key == *name);
             freed.effects.retain(|effect| !own(effect));
         }
         Ok(freed)
@@ -305,7 +361,9 @@ impl Pool {
             Standing::Malformed(Flaw::Type) => return Err(Refusal::Malformed(Flaw::Type)),
             Standing::Revoked => {}
             Standing::Malformed(_) | Standing::Pooled | Standing::Bound => {
-                freed.effects.push(Effect::Deactivate { key: key.name.clone() });
+                freed.effects.push(Effect::Deactivate {
+                    key: key.name.clone(),
+                });
             }
         }
         self.let_go(key.name.clone(), key.holds, &mut freed);
@@ -330,18 +388,33 @@ impl Pool {
         until: Option<i64>,
         reason: Option<&str>,
     ) -> Result<Freed, Refusal> {
-        let id = self.find_account(tier, name).ok_or(Refusal::NoSuchAccount)?;
+        let id = self
+            .find_account(tier, name)
+            .ok_or(Refusal::NoSuchAccount)?;
         let account = self.account(id).filter(|account| Self::is_listed(account));
         let account = account.ok_or(Refusal::NoSuchAccount)?;
         let name = account.name.clone();
-        let mut freed = Freed { account: Some(name.clone()), ..Freed::default() };
+        let mut freed = Freed {
+            account: Some(name.clone()),
+            ..Freed::default()
+        };
         match until {
-            None => freed.effects.push(Effect::Warm { tier, account: name }),
+            None => freed.effects.push(Effect::Warm {
+                tier,
+                account: name,
+            }),
             Some(until) => {
                 let reason = reason.filter(|reason| !reason.is_empty()).map(Into::into);
                 freed.slots = account.holders.len();
-                freed.effects.push(Effect::Cool { tier, account: name, until, reason });
-                freed.effects.extend(account.holders.iter().filter_map(|&key| self.free(key, id)));
+                freed.effects.push(Effect::Cool {
+                    tier,
+                    account: name,
+                    until,
+                    reason,
+                });
+                freed
+                    .effects
+                    .extend(account.holders.iter().filter_map(|&key| self.free(key, id)));
             }
         }
         let mut swept = Vec::new();
@@ -354,7 +427,9 @@ impl Pool {
     /// Whether a key of the tier may be bound to an account of that name: its
     /// file is there, be it usable at the moment or not.
     pub(crate) fn has_account(&self, tier: Tier, name: &str) -> bool {
-        let account = self.find_account(tier, name).and_then(|id| self.account(id));
+        let account = self
+            .find_account(tier, name)
+            .and_then(|id| self.account(id));
         account.is_some_and(Self::is_listed)
     }
 

@@ -28,7 +28,11 @@ impl Tally {
     /// Adds or takes away one account's part.
     fn count(&mut self, account: &Account, capacity: u32, add: bool) {
         let step = |field: &mut u64, amount: u64| {
-            *field = if add { *field + amount } else { field.saturating_sub(amount) };
+            *field = if add {
+                *field + amount
+            } else {
+                field.saturating_sub(amount)
+            };
         };
         let used = account.used();
         step(&mut self.used, used);
@@ -89,7 +93,9 @@ impl TierIndex {
             Bound::Included((high, AccountId::LAST)),
         );
         let ends = self.cooldowns.range(range);
-        ends.chain(self.expiries.range(range)).map(|&(_, id)| id).collect()
+        ends.chain(self.expiries.range(range))
+            .map(|&(_, id)| id)
+            .collect()
     }
 }
 
@@ -112,7 +118,9 @@ impl Pool {
     /// Takes an account out of its tier's orders before it changes.
     pub(super) fn detach(&mut self, id: AccountId) {
         let capacity = self.capacity;
-        let Self { accounts, tiers, .. } = self;
+        let Self {
+            accounts, tiers, ..
+        } = self;
         let Some(account) = accounts.get_mut(id.slot()) else {
             return;
         };
@@ -143,7 +151,9 @@ impl Pool {
     /// whether something about it needs putting right.
     pub(super) fn attach(&mut self, id: AccountId) {
         let (capacity, horizon) = (self.capacity, self.horizon);
-        let Self { accounts, tiers, .. } = self;
+        let Self {
+            accounts, tiers, ..
+        } = self;
         let Some(account) = accounts.get_mut(id.slot()) else {
             return;
         };
@@ -172,7 +182,9 @@ impl Pool {
     /// Keeps the ends of an account's cooldown and token in order; `present`
     /// says whether to enter or to remove them.
     pub(super) fn index_ends(&mut self, id: AccountId, present: bool) {
-        let Self { accounts, tiers, .. } = self;
+        let Self {
+            accounts, tiers, ..
+        } = self;
         let Some(account) = accounts.get(id.slot()) else {
             return;
         };
@@ -220,7 +232,11 @@ impl Pool {
         self.detach(account);
         let mut place = 0;
         if let Some(account) = self.accounts.get_mut(account.slot()) {
-            place = account.holders.iter().position(|&holder| holder == key).unwrap_or(0);
+            place = account
+                .holders
+                .iter()
+                .position(|&holder| holder == key)
+                .unwrap_or(0);
             if account.holders.get(place) == Some(&key) {
                 account.holders.remove(place);
             }

@@ -44,7 +44,9 @@ impl Flaw {
             Self::UsePool => "use_pool in the key's record must be true or false",
             Self::Active => "active in the key's record must be true or false",
             Self::ExpiresAt => "expires_at in the key's record must be unix milliseconds",
-            Self::AccountName => "account_name in the key's record must name the account it is bound to",
+            Self::AccountName => {
+                "account_name in the key's record must name the account it is bound to"
+            }
         }
     }
 }
@@ -255,10 +257,19 @@ mod tests {
         };
         let cases = [
             (fields("medium", "true", None), good(Tier::Medium, None)),
-            (fields("medium", "false", Some("a")), good(Tier::Medium, Some("a"))),
+            (
+                fields("medium", "false", Some("a")),
+                good(Tier::Medium, Some("a")),
+            ),
             // High and supreme keys are bound whatever use_pool says.
-            (fields("high", "true", Some("a")), good(Tier::High, Some("a"))),
-            (fields("supreme", "false", Some("a")), good(Tier::Supreme, Some("a"))),
+            (
+                fields("high", "true", Some("a")),
+                good(Tier::High, Some("a")),
+            ),
+            (
+                fields("supreme", "false", Some("a")),
+                good(Tier::Supreme, Some("a")),
+            ),
         ];
         for (fields, expected) in cases {
             assert_eq!(KeyRecord::parse(&fields), expected);
@@ -283,8 +294,20 @@ mod tests {
             fields.expires_at = Some(text.as_bytes());
             KeyRecord::parse(&fields)
         };
-        assert!(matches!(with("1000"), KeyRecord::Good { expires_at: Some(1000), .. }));
-        assert!(matches!(with(""), KeyRecord::Good { expires_at: None, .. }));
+        assert!(matches!(
+            with("1000"),
+            KeyRecord::Good {
+                expires_at: Some(1000),
+                ..
+            }
+        ));
+        assert!(matches!(
+            with(""),
+            KeyRecord::Good {
+                expires_at: None,
+                ..
+            }
+        ));
         for text in ["-1", "soon", "1e3", "99999999999999999999"] {
             assert!(matches!(with(text), KeyRecord::Malformed(_)), "{text}");
         }
@@ -299,6 +322,9 @@ mod tests {
             previous_account: Some(b"\xff"),
         });
         assert!(spoilt.account_is_garbage);
-        assert_eq!((spoilt.account, spoilt.previous, spoilt.last, spoilt.next), (None, None, None, None));
+        assert_eq!(
+            (spoilt.account, spoilt.previous, spoilt.last, spoilt.next),
+            (None, None, None, None)
+        );
     }
 }

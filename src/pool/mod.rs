@@ -74,13 +74,23 @@ pub(crate) enum Effect {
     },
     /// The key gives up its slot; its running period stays on record, so that
     /// its next lease is known to be a rotation or a failover.
-    Free { key: Box<str>, account: Option<Box<str>> },
+    Free {
+        key: Box<str>,
+        account: Option<Box<str>>,
+    },
     /// The key gives up its slot and starts afresh with its next lease.
-    Release { key: Box<str>, account: Option<Box<str>> },
+    Release {
+        key: Box<str>,
+        account: Option<Box<str>>,
+    },
     /// The key is gone: nothing of its lease remains.
     Forget { key: Box<str> },
     /// The account's slots in use.
-    Slots { tier: Tier, account: Box<str>, used: u64 },
+    Slots {
+        tier: Tier,
+        account: Box<str>,
+        used: u64,
+    },
     /// The account has left the pool: its counter goes.
     Leave { tier: Tier, account: Box<str> },
     /// The account isn't lent until the instant.
@@ -199,7 +209,9 @@ impl Pool {
     }
 
     fn account_ids(&self) -> impl Iterator<Item = AccountId> + '_ {
-        self.accounts.iter().filter_map(|(slot, _)| AccountId::new(slot))
+        self.accounts
+            .iter()
+            .filter_map(|(slot, _)| AccountId::new(slot))
     }
 
     /// The name of an account that the pool knows.

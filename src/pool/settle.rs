@@ -16,7 +16,9 @@ impl Pool {
     pub(crate) fn settle(&mut self, limit: usize) -> Vec<Effect> {
         let mut effects = Vec::new();
         for _ in 0..limit {
-            let Some(item) = self.backlog.pop() else { break };
+            let Some(item) = self.backlog.pop() else {
+                break;
+            };
             self.set_queued(item, false);
             self.mend(item, &mut effects);
         }
@@ -43,7 +45,11 @@ impl Pool {
     /// empty when nothing is left. Call until then, applying in between.
     pub(crate) fn settle_touched(&mut self) -> Vec<Effect> {
         let mut effects = Vec::new();
-        let items = self.touched.as_mut().map(std::mem::take).unwrap_or_default();
+        let items = self
+            .touched
+            .as_mut()
+            .map(std::mem::take)
+            .unwrap_or_default();
         let mut done: Vec<Item> = Vec::with_capacity(items.len());
         for item in items {
             if !done.contains(&item) {
@@ -62,10 +68,18 @@ impl Pool {
     /// Looks at everything anew when next settled.
     pub(crate) fn suspect_all(&mut self) {
         let accounts: Vec<AccountId> = self.account_ids().collect();
-        for id in accounts.into_iter().filter(|&id| self.account_is_off(id)).collect::<Vec<_>>() {
+        for id in accounts
+            .into_iter()
+            .filter(|&id| self.account_is_off(id))
+            .collect::<Vec<_>>()
+        {
             self.queue(Item::Account(id));
         }
-        let keys: Vec<KeyId> = self.keys.iter().filter_map(|(slot, _)| KeyId::new(slot)).collect();
+        let keys: Vec<KeyId> = self
+            .keys
+            .iter()
+            .filter_map(|(slot, _)| KeyId::new(slot))
+            .collect();
         for id in keys {
             if self.key_is_off(id) {
                 self.queue(Item::Key(id));
@@ -92,7 +106,10 @@ impl Pool {
     /// Marks an item as queued or not; answers whether it was.
     fn set_queued(&mut self, item: Item, queued: bool) -> bool {
         let flag = match item {
-            Item::Account(id) => self.accounts.get_mut(id.slot()).map(|account| &mut account.queued),
+            Item::Account(id) => self
+                .accounts
+                .get_mut(id.slot())
+                .map(|account| &mut account.queued),
             Item::Key(id) => self.keys.get_mut(id.slot()).map(|key| &mut key.queued),
         };
         flag.is_some_and(|flag| std::mem::replace(flag, queued))
@@ -111,8 +128,12 @@ impl Pool {
         let account = self.account(id)?;
         Some(match account.class {
             Class::Absent | Class::Invalid => Stored::Absent,
-            Class::Unknown if account.stored == Stored::Absent && account.holders.is_empty() => Stored::Absent,
-            Class::Unknown | Class::Lendable | Class::Cooling | Class::Expired => Stored::Count(account.used()),
+            Class::Unknown if account.stored == Stored::Absent && account.holders.is_empty() => {
+                Stored::Absent
+            }
+            Class::Unknown | Class::Lendable | Class::Cooling | Class::Expired => {
+                Stored::Count(account.used())
+            }
         })
     }
 
@@ -133,24 +154,39 @@ impl Pool {
         let Some(account) = self.account(id) else {
             return false;
         };
-        let leftover = account.class == Class::Absent && account.cooldown != super::Cooldown::default();
+        let leftover =
+            account.class == Class::Absent && account.cooldown != super::Cooldown::default();
         leftover || !self.excess(id).is_empty() || self.due_count(id) != Some(account.stored)
     }
 
     fn mend_account(&self, id: AccountId, effects: &mut Vec<Effect>) {
-        let Some(account) = self.account(id) else { return };
+        let Some(account) = self.account(id) else {
+            return;
+        };
         let excess = self.excess(id);
         effects.extend(excess.iter().filter_map(|&key| self.free(key, id)));
-        if !excess.is_empty() && matches!(account.class, Class::Lendable | Class::Unknown | Class::Cooling | Class::Expired) {
+        if !excess.is_empty()
+            && matches!(
+                account.class,
+                Class::Lendable | Class::Unknown | Class::Cooling | Class::Expired
+            )
+        {
             // The counter follows once the leases are gone.
             return;
         }
         let (tier, name) = (account.tier, account.name.clone());
         match self.due_count(id) {
             Some(Stored::Count(used)) if account.stored != Stored::Count(used) => {
-                effects.push(Effect::Slots { tier, account: name, used });
+                effects.push(Effect::Slots {
+                    tier,
+                    account: name,
+                    used,
+                });
             }
-            Some(Stored::Absent) => effects.push(Effect::Leave { tier, account: name }),
+            Some(Stored::Absent) => effects.push(Effect::Leave {
+                tier,
+                account: name,
+            }),
             _ => {}
         }
     }
@@ -164,7 +200,9 @@ impl Pool {
         let leases = key.holds.is_some() || key.holds_garbage;
         match key.standing {
             Standing::Pooled => key.holds_garbage,
-            Standing::Unregistered => leases || key.previous.is_some() || key.last != NEVER || key.next != NEVER,
+            Standing::Unregistered => {
+                leases || key.previous.is_some() || key.last != NEVER || key.next != NEVER
+            }
             Standing::Malformed(_) | Standing::Revoked | Standing::Bound => leases,
         }
     }
@@ -172,11 +210,16 @@ impl Pool {
     fn mend_key(&self, id: KeyId, effects: &mut Vec<Effect>) {
         let Some(key) = self.key(id) else { return };
         let name = key.name.clone();
-        let account = key.holds.and_then(|id| self.account_name(id)).map(Into::into);
+        let account = key
+            .holds
+            .and_then(|id| self.account_name(id))
+            .map(Into::into);
         effects.push(match key.standing {
             Standing::Unregistered => Effect::Forget { key: name },
             Standing::Pooled => Effect::Free { key: name, account },
-            Standing::Malformed(_) | Standing::Revoked | Standing::Bound => Effect::Release { key: name, account },
+            Standing::Malformed(_) | Standing::Revoked | Standing::Bound => {
+                Effect::Release { key: name, account }
+            }
         });
     }
 }

@@ -53,7 +53,10 @@ impl LeaseCursor {
     /// The cursor in `text`, as [`ToString`] writes it.
     pub(crate) fn parse(text: &str) -> Option<Self> {
         let (due, key) = text.split_once('-')?;
-        Some(Self { due: due.parse().ok().filter(|due| *due >= 0)?, key: key.parse().ok()? })
+        Some(Self {
+            due: due.parse().ok().filter(|due| *due >= 0)?,
+            key: key.parse().ok()?,
+        })
     }
 }
 
@@ -123,18 +126,30 @@ impl Pool {
             tally,
             slots: tally.accounts * u64::from(self.capacity),
             leases: if pooled { self.due.len() as u64 } else { 0 },
-            next_due: self.due.first().filter(|_| pooled).map(|&(due, _)| due.max(0)),
+            next_due: self
+                .due
+                .first()
+                .filter(|_| pooled)
+                .map(|&(due, _)| due.max(0)),
         }
     }
 
     /// Up to `count` accounts of a tier from the cursor on (0: from the first),
     /// in the order in which the pool got to know them.
-    pub(crate) fn account_page(&self, tier: Tier, now: i64, cursor: u64, count: usize) -> Page<AccountStatus<'_>, u64> {
+    pub(crate) fn account_page(
+        &self,
+        tier: Tier,
+        now: i64,
+        cursor: u64,
+        count: usize,
+    ) -> Page<AccountStatus<'_>, u64> {
         let start = usize::try_from(cursor).unwrap_or(usize::MAX);
         let mut rows = Vec::new();
         let mut last = None;
         for slot in start..self.accounts.capacity() {
-            let Some(account) = self.accounts.get(slot) else { continue };
+            let Some(account) = self.accounts.get(slot) else {
+                continue;
+            };
             if account.tier != tier || !Self::is_listed(account) {
                 continue;
             }
@@ -162,20 +177,35 @@ impl Pool {
             (_, Class::Lendable) => ("full", None, None),
             _ => ("missing", None, None),
         };
-        AccountStatus { tier: account.tier, name: &account.name, used, slots, state, reason, until }
+        AccountStatus {
+            tier: account.tier,
+            name: &account.name,
+            used,
+            slots,
+            state,
+            reason,
+            until,
+        }
     }
 
     /// Up to `count` accounts whose files can't be used, with the reason.
     pub(crate) fn invalid_files(&self, count: usize) -> Vec<(Tier, &str, &'static str)> {
-        let invalid = self.accounts.iter().filter_map(|(_, account)| match account.file {
-            File::Invalid(reason) => Some((account.tier, &*account.name, reason)),
-            _ => None,
-        });
+        let invalid = self
+            .accounts
+            .iter()
+            .filter_map(|(_, account)| match account.file {
+                File::Invalid(reason) => Some((account.tier, &*account.name, reason)),
+                _ => None,
+            });
         invalid.take(count).collect()
     }
 
     /// Up to `count` leases after the cursor, those due next first.
-    pub(crate) fn lease_page(&self, after: Option<LeaseCursor>, count: usize) -> Page<LeaseStatus<'_>, LeaseCursor> {
+    pub(crate) fn lease_page(
+        &self,
+        after: Option<LeaseCursor>,
+        count: usize,
+    ) -> Page<LeaseStatus<'_>, LeaseCursor> {
         use std::ops::Bound;
         let start = after.map_or(Bound::Unbounded, |LeaseCursor { due, key }| {
             Bound::Excluded((due, KeyId::from_number(key)))
@@ -186,8 +216,13 @@ impl Pool {
             if rows.len() == count {
                 return Page { rows, next: last };
             }
-            let Some(lease) = self.lease_status(id) else { continue };
-            last = Some(LeaseCursor { due, key: id.number() });
+            let Some(lease) = self.lease_status(id) else {
+                continue;
+            };
+            last = Some(LeaseCursor {
+                due,
+                key: id.number(),
+            });
             rows.push(lease);
         }
         Page { rows, next: None }

@@ -4,7 +4,8 @@
 use super::account::Account;
 use super::key::{Key, NEVER, Standing};
 use super::{
-    AccountId, Cooldown, File, Item, KeyId, KeyRecord, Pool, Rotation, Stored, Tier, index::TierIndex,
+    AccountId, Cooldown, File, Item, KeyId, KeyRecord, Pool, Rotation, Stored, Tier,
+    index::TierIndex,
 };
 use std::collections::BTreeSet;
 use std::hash::BuildHasher;
@@ -25,8 +26,15 @@ impl Pool {
         };
         let (standing, tier, bound, expires_at) = match record {
             None => (Standing::Unregistered, Tier::Medium, None, i64::MAX),
-            Some(KeyRecord::Malformed(flaw)) => (Standing::Malformed(flaw), Tier::Medium, None, i64::MAX),
-            Some(KeyRecord::Good { tier, bound, expires_at, active }) => {
+            Some(KeyRecord::Malformed(flaw)) => {
+                (Standing::Malformed(flaw), Tier::Medium, None, i64::MAX)
+            }
+            Some(KeyRecord::Good {
+                tier,
+                bound,
+                expires_at,
+                active,
+            }) => {
                 let standing = match (active, bound) {
                     (false, _) => Standing::Revoked,
                     (true, Some(_)) => Standing::Bound,
@@ -66,8 +74,12 @@ impl Pool {
         let rotation = rotation.unwrap_or_default();
         // Leases are of the pooled tier; a name of another tier's account is
         // a name without an account there.
-        let holds = rotation.account.and_then(|name| self.intern_account(Tier::Medium, name));
-        let previous = rotation.previous.and_then(|name| self.intern_account(Tier::Medium, name));
+        let holds = rotation
+            .account
+            .and_then(|name| self.intern_account(Tier::Medium, name));
+        let previous = rotation
+            .previous
+            .and_then(|name| self.intern_account(Tier::Medium, name));
         // The new account must outlive the removal of the old lease.
         self.add_ref(holds);
         self.add_ref(previous);
@@ -187,13 +199,24 @@ impl Pool {
 
     /// In how many keys and accounts this view differs from another one.
     pub(crate) fn differences(&self, other: &Self) -> u64 {
-        let names = self.keys.iter().chain(&other.keys).map(|(_, key)| &*key.name);
+        let names = self
+            .keys
+            .iter()
+            .chain(&other.keys)
+            .map(|(_, key)| &*key.name);
         let names: BTreeSet<&str> = names.collect();
-        let keys = names.into_iter().filter(|name| self.facts_of_key(name) != other.facts_of_key(name));
+        let keys = names
+            .into_iter()
+            .filter(|name| self.facts_of_key(name) != other.facts_of_key(name));
         let names = self.accounts.iter().chain(&other.accounts);
-        let names: BTreeSet<(Tier, &str)> = names.map(|(_, account)| (account.tier, &*account.name)).collect();
-        let differs = |tier, name| self.facts_of_account(tier, name) != other.facts_of_account(tier, name);
-        let accounts = names.into_iter().filter(|&(tier, name)| differs(tier, name));
+        let names: BTreeSet<(Tier, &str)> = names
+            .map(|(_, account)| (account.tier, &*account.name))
+            .collect();
+        let differs =
+            |tier, name| self.facts_of_account(tier, name) != other.facts_of_account(tier, name);
+        let accounts = names
+            .into_iter()
+            .filter(|&(tier, name)| differs(tier, name));
         (keys.count() + accounts.count()) as u64
     }
 
@@ -201,20 +224,44 @@ impl Pool {
         let key = self.key(self.find_key(name)?)?;
         let account = |id: Option<AccountId>| id.and_then(|id| self.account_name(id));
         Some((
-            (key.standing, key.tier, key.expires_at, key.last, key.next, key.holds_garbage),
-            [account(key.holds), account(key.previous), account(key.bound)],
+            (
+                key.standing,
+                key.tier,
+                key.expires_at,
+                key.last,
+                key.next,
+                key.holds_garbage,
+            ),
+            [
+                account(key.holds),
+                account(key.previous),
+                account(key.bound),
+            ],
         ))
     }
 
     fn facts_of_account(&self, tier: Tier, name: &str) -> Option<AccountFacts<'_>> {
         let account = self.account(self.find_account(tier, name)?)?;
-        let holders = account.holders.iter().filter_map(|&id| self.key(id)).map(|key| &*key.name);
-        Some((account.stored, &account.cooldown, account.refs, holders.collect()))
+        let holders = account
+            .holders
+            .iter()
+            .filter_map(|&id| self.key(id))
+            .map(|key| &*key.name);
+        Some((
+            account.stored,
+            &account.cooldown,
+            account.refs,
+            holders.collect(),
+        ))
     }
 
     pub(super) fn find_key(&self, name: &str) -> Option<KeyId> {
         let hash = self.hasher.hash_one(name);
-        let found = self.key_names.find(hash, |id| self.keys.get(id.slot()).is_some_and(|key| &*key.name == name));
+        let found = self.key_names.find(hash, |id| {
+            self.keys
+                .get(id.slot())
+                .is_some_and(|key| &*key.name == name)
+        });
         found.copied()
     }
 
@@ -224,9 +271,15 @@ impl Pool {
         }
         let id = KeyId::new(self.keys.vacant_key())?;
         self.keys.insert(Key::new(name));
-        let Self { keys, key_names, hasher, .. } = self;
+        let Self {
+            keys,
+            key_names,
+            hasher,
+            ..
+        } = self;
         key_names.insert_unique(hasher.hash_one(name), id, |id| {
-            keys.get(id.slot()).map_or(0, |key| hasher.hash_one(&*key.name))
+            keys.get(id.slot())
+                .map_or(0, |key| hasher.hash_one(&*key.name))
         });
         Some(id)
     }
@@ -252,7 +305,12 @@ impl Pool {
         let slot = self.accounts.vacant_key();
         let id = AccountId::new(slot)?;
         self.accounts.insert(Account::new(tier, name, file));
-        let Self { accounts, account_names, hasher, .. } = self;
+        let Self {
+            accounts,
+            account_names,
+            hasher,
+            ..
+        } = self;
         account_names.insert_unique(hasher.hash_one((tier, name)), id, |id| {
             let account = accounts.get(id.slot());
             account.map_or(0, |account| hasher.hash_one((account.tier, &*account.name)))

@@ -1,0 +1,49 @@
+# The commands of this repository. `make` alone lists them.
+# CARGO_TARGET_DIR is respected, as every build goes through cargo.
+
+.DEFAULT_GOAL := help
+# The targets of `test` build on one another, in this order, under -j too.
+.NOTPARALLEL:
+.PHONY: help run stop test lint unit integration bench build clean deps-test deps-bench
+
+# Every script, by name or by kind.
+SCRIPTS = $(wildcard shell/*.sh scripts/* .ci/run examples/*.sh)
+
+help: ## lists these targets
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1	\2/p' Makefile | expand -t 20
+
+run: ## starts Redis with mpool on port 6380 (PORT=… for another) and says what to type next
+	@scripts/run
+
+stop: ## stops the Redis that `make run` started
+	@scripts/stop
+
+test: deps-test lint build ## everything: formatting, lints, scripts, unit, property and integration tests
+	cargo test
+
+lint: ## rustfmt, clippy and shellcheck
+	cargo fmt --check
+	cargo clippy --all-targets -- -D warnings
+	shellcheck -x $(SCRIPTS)
+
+unit: ## the tests that need no Redis
+	cargo test --lib
+
+integration: build ## the tests that start their own Redis servers
+	cargo test --test '*'
+
+bench: deps-bench ## the benchmarks, with an optimised module
+	cargo build --release
+	cargo bench
+
+build: ## the module, for the tests
+	cargo build
+
+clean: ## removes what was built; data/ and account/ stay
+	cargo clean
+
+deps-test:
+	@scripts/install-deps test
+
+deps-bench:
+	@scripts/install-deps bench

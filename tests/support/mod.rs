@@ -1,0 +1,380 @@
+//! What the tests against real servers share: a redis-server with the module,
+//! started on a free port in a folder of its own and gone with its guard.
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part of this")]
+
+use redis::{Connection, FromRedisValue, RedisResult, Value};
+use std::collections::BTreeMap;
+use std::fs;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+/// 24 hours, in ms.
+pub const DAY: i64 = 86_400_000;
+/// How long anything may take that should happen at once on a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The module, built by `cargo build` before the tests run.
+pub fn module() -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let profile = test.ancestors().find(|folder| folder.join("libmpool.so").exists());
+    profile.expect("libmpool.so is not built: run `cargo build` first").join("libmpool.so")
+}
+
+/// The folder of the repository.
+pub fn repository() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// A port that nothing listens on.
+pub fn free_port() -> u16 {
+    TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()
+}
+
+/// Waits until `done` answers something, and fails after [`PATIENCE`].
+#[track_caller]
+pub fn wait_for<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(result) = done() {
+            return result;
+        }
+        assert!(Instant::now() < deadline, "waited in vain for {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// How a server is to be started.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Arguments of redis-server.
+    pub server: Vec<String>,
+    /// Arguments of the module besides account-dir.
+    pub module: Vec<String>,
+    /// Start without the module.
+    pub bare: bool,
+    /// Account files that are there before the start: tier/name and content.
+    pub accounts: Vec<(String, String)>,
+}
+
+impl Options {
+    pub fn server(mut self, args: &[&str]) -> Self {
+        self.server.extend(args.iter().map(ToString::to_string));
+        self
+    }
+
+    pub fn module(mut self, args: &[&str]) -> Self {
+        self.module.extend(args.iter().map(ToString::to_string));
+        self
+    }
+
+    /// Accounts of the tier medium with a token `token-of-NAME`.
+    pub fn accounts(mut self, names: &[&str]) -> Self {
+        self.accounts.extend(names.iter().map(|name| (format!("medium/{name}"), bearer(name))));
+        self
+    }
+
+    pub fn file(mut self, account: &str, content: &str) -> Self {
+        self.accounts.push((account.to_owned(), content.to_owned()));
+        self
+    }
+
+    pub fn start(self) -> Server {
+        Server::start(self)
+    }
+}
+
+/// An account file with the token `token-of-NAME` and no end.
+pub fn bearer(name: &str) -> String {
+    format!(r#"{{"access_token": "token-of-{name}"}}"#)
+}
+
+/// A redis-server that lives as long as this value.
+#[derive(Debug)]
+pub struct Server {
+    child: Option<Child>,
+    pub port: u16,
+    pub folder: TempDir,
+    options: Options,
+}
+
+impl Server {
+    /// A server with the module, its account folder in `folder/account`.
+    pub fn start(options: Options) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        for tier in ["medium", "high", "supreme"] {
+            fs::create_dir_all(folder.path().join("account").join(tier)).unwrap();
+        }
+        fs::create_dir(folder.path().join("data")).unwrap();
+        let mut server = Self { child: None, port: 0, folder, options };
+        for (account, content) in server.options.accounts.clone() {
+            server.write_account(&account, &content);
+        }
+        server.launch();
+        server
+    }
+
+    /// Starts the process, on a port that stays the same from then on.
+    pub fn launch(&mut self) {
+        let chosen = self.port != 0;
+        for _ in 0..10 {
+            if !chosen {
+                self.port = free_port();
+            }
+            if self.try_launch() {
+                return;
+            }
+        }
+        panic!("redis-server does not start:\n{}", self.log());
+    }
+
+    fn try_launch(&mut self) -> bool {
+        let data = self.folder.path().join("data");
+        let mut command = Command::new(std::env::var_os("MPOOL_TEST_SERVER").unwrap_or_else(|| "redis-server".into()));
+        command.args(["--port", &self.port.to_string(), "--bind", "127.0.0.1"]);
+        command.args(["--save", "", "--enable-debug-command", "yes", "--logfile", "log"]);
+        command.arg("--dir").arg(&data).args(&self.options.server);
+        if !self.options.bare {
+            command.arg("--loadmodule").arg(module()).arg("account-dir").arg(self.account_dir());
+            command.args(&self.options.module);
+        }
+        command.current_dir(&data).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let child = self.child.insert(command.spawn().expect("redis-server is not installed"));
+        let deadline = Instant::now() + PATIENCE;
+        let client = redis::Client::open(("127.0.0.1", self.port)).unwrap();
+        while Instant::now() < deadline {
+            if child.try_wait().unwrap().is_some() {
+                self.child = None;
+                return false;
+            }
+            let ready = client.get_connection().and_then(|mut connection| {
+                redis::cmd("INFO").arg("server").query::<redis::InfoDict>(&mut connection)
+            });
+            match ready {
+                // Another test's server may have taken the port meanwhile.
+                Ok(info) => return info.get::<u32>("process_id") == Some(child.id()),
+                // A password is asked for: the server is up.
+                Err(error) if error.code() == Some("NOAUTH") => return true,
+                Err(_) => std::thread::sleep(Duration::from_millis(5)),
+            }
+        }
+        false
+    }
+
+    pub fn account_dir(&self) -> PathBuf {
+        self.folder.path().join("account")
+    }
+
+    pub fn account_file(&self, account: &str) -> PathBuf {
+        self.account_dir().join(format!("{account}.json"))
+    }
+
+    /// Writes an account file at once, as `tier/name`.
+    pub fn write_account(&self, account: &str, content: &str) {
+        let path = self.account_file(account);
+        let new = path.with_extension("new");
+        fs::write(&new, content).unwrap();
+        fs::rename(new, path).unwrap();
+    }
+
+    pub fn remove_account(&self, account: &str) {
+        fs::remove_file(self.account_file(account)).unwrap();
+    }
+
+    pub fn url(&self) -> String {
+        format!("redis://127.0.0.1:{}/", self.port)
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().expect("the server runs").id()
+    }
+
+    /// A RESP2 connection.
+    pub fn connect(&self) -> Client {
+        Client::open(&self.url())
+    }
+
+    /// A RESP3 connection.
+    pub fn connect3(&self) -> Client {
+        Client::open(&format!("{}?protocol=resp3", self.url()))
+    }
+
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.folder.path().join("data/log")).unwrap_or_default()
+    }
+
+    /// Ends the process without a chance to tidy up.
+    pub fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+
+    /// Ends the process in order, what is to persist written.
+    pub fn shutdown(&mut self) {
+        let _ = self.connect().try_run::<Value>(&["SHUTDOWN"]);
+        if let Some(mut child) = self.child.take() {
+            wait_for("the server's end", || child.try_wait().unwrap());
+        }
+    }
+
+    /// Whether the process is there; it must never go by itself.
+    pub fn is_alive(&mut self) -> bool {
+        self.child.as_mut().is_some_and(|child| child.try_wait().unwrap().is_none())
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.kill();
+        if std::thread::panicking() {
+            eprintln!("--- log of the server on port {} ---\n{}", self.port, self.log());
+        }
+    }
+}
+
+/// A connection with the commands that tests use most.
+pub struct Client {
+    pub connection: Connection,
+}
+
+impl Client {
+    #[track_caller]
+    pub fn open(url: &str) -> Self {
+        let connection = redis::Client::open(url).unwrap().get_connection_with_timeout(PATIENCE).unwrap();
+        connection.set_read_timeout(Some(PATIENCE)).unwrap();
+        Self { connection }
+    }
+
+    pub fn try_run<T: FromRedisValue>(&mut self, words: &[&str]) -> RedisResult<T> {
+        self.try_bytes(&words.iter().map(|word| word.as_bytes()).collect::<Vec<_>>())
+    }
+
+    pub fn try_bytes<T: FromRedisValue>(&mut self, words: &[&[u8]]) -> RedisResult<T> {
+        let mut command = redis::Cmd::new();
+        for word in words {
+            command.arg(*word);
+        }
+        command.query(&mut self.connection)
+    }
+
+    #[track_caller]
+    pub fn run<T: FromRedisValue>(&mut self, words: &[&str]) -> T {
+        self.try_run(words).unwrap_or_else(|error| panic!("{words:?}: {error}"))
+    }
+
+    /// A command whose answer doesn't matter, as long as it is none an error.
+    #[track_caller]
+    pub fn ok(&mut self, words: &[&str]) {
+        self.run::<Value>(words);
+    }
+
+    /// A reply of names and values, by name.
+    #[track_caller]
+    pub fn map(&mut self, words: &[&str]) -> BTreeMap<String, Value> {
+        self.run(words)
+    }
+
+    /// The whole text of the error that the command must give.
+    #[track_caller]
+    pub fn error(&mut self, words: &[&str]) -> String {
+        self.error_bytes(&words.iter().map(|word| word.as_bytes()).collect::<Vec<_>>())
+    }
+
+    #[track_caller]
+    pub fn error_bytes(&mut self, words: &[&[u8]]) -> String {
+        match self.try_bytes::<Value>(words) {
+            Err(error) => format!("{} {}", error.code().unwrap_or_default(), error.detail().unwrap_or_default()),
+            Ok(value) => panic!("{words:?} was not refused: {value:?}"),
+        }
+    }
+
+    /// A new key of the pool.
+    #[track_caller]
+    pub fn pool_key(&mut self) -> String {
+        text(&self.map(&["MPOOL.KEYGEN", "medium", "POOL", "DAYS", "36500", "NOW", "0"])["key"])
+    }
+
+    #[track_caller]
+    pub fn acquire(&mut self, key: &str, now: i64) -> Lease {
+        self.try_acquire(key, now).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// The lease, or the text of the error.
+    pub fn try_acquire(&mut self, key: &str, now: i64) -> Result<Lease, String> {
+        let reply: RedisResult<BTreeMap<String, Value>> = self.try_run(&["MPOOL.ACQUIRE", key, &now.to_string()]);
+        match reply {
+            Ok(reply) => Ok(Lease {
+                account: text(&reply["account"]),
+                state: text(&reply["state"]),
+                previous: optional_text(&reply["previous_account"]),
+                last: optional_number(&reply["last_rotation"]),
+                next: optional_number(&reply["next_rotation"]),
+            }),
+            Err(error) => Err(format!("{} {}", error.code().unwrap_or_default(), error.detail().unwrap_or_default())),
+        }
+    }
+
+    /// What the keyspace says of an account's slots in use.
+    pub fn slots(&mut self, account: &str) -> Option<u64> {
+        self.run(&["GET", &format!("medium_pool:slots:{account}")])
+    }
+
+    /// Counts what the keyspace says against itself: each account's slots key
+    /// against the leases that name it, each within `capacity`.
+    #[track_caller]
+    pub fn check_invariants(&mut self, capacity: u64) {
+        let script = r"
+            local counts, leases = {}, {}
+            for _, key in ipairs(redis.call('KEYS', 'medium_pool:slots:*')) do
+                counts[string.sub(key, 19)] = tonumber(redis.call('GET', key))
+            end
+            for _, key in ipairs(redis.call('KEYS', 'key_rotation:*')) do
+                local account = redis.call('HGET', key, 'account')
+                if account then leases[account] = (leases[account] or 0) + 1 end
+            end
+            for account, count in pairs(counts) do
+                if count ~= (leases[account] or 0) then return account .. ' has ' .. count .. ' for ' .. (leases[account] or 0) end
+                if count > tonumber(ARGV[1]) then return account .. ' is over capacity with ' .. count end
+            end
+            for account, count in pairs(leases) do
+                if not counts[account] then return account .. ' has leases and no counter' end
+            end
+            return 'right'";
+        let verdict: String = self.run(&["EVAL", script, "0", &capacity.to_string()]);
+        assert_eq!(verdict, "right");
+    }
+
+    /// REPAIR must find nothing to change.
+    #[track_caller]
+    pub fn check_repair(&mut self) {
+        let repair: BTreeMap<String, i64> = self.run(&["MPOOL.REPAIR"]);
+        assert_eq!(repair["changed"], 0, "{repair:?}");
+    }
+}
+
+/// The reply to an acquire.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lease {
+    pub account: String,
+    pub state: String,
+    pub previous: Option<String>,
+    pub last: Option<i64>,
+    pub next: Option<i64>,
+}
+
+#[track_caller]
+pub fn text(value: &Value) -> String {
+    optional_text(value).unwrap_or_else(|| panic!("a text is missing"))
+}
+
+pub fn optional_text(value: &Value) -> Option<String> {
+    redis::from_redis_value_ref(value).unwrap()
+}
+
+pub fn optional_number(value: &Value) -> Option<i64> {
+    redis::from_redis_value_ref(value).unwrap()
+}
