@@ -1,1 +1,82 @@
+//! The view against itself, from scratch: every index must be exactly what the
+//! keys and accounts say. For tests, after every step.
 
+use super::account::Class;
+use super::index::TierIndex;
+use super::{AccountId, File, KeyId, Pool, Tier};
+use std::collections::{BTreeMap, BTreeSet};
+
+impl Pool {
+    /// Panics with what is wrong, if anything is.
+    pub(super) fn audit(&self) {
+        assert!(!self.supposing, "leases are still taken away on trial");
+        let mut due = BTreeSet::new();
+        let mut holders: BTreeMap<AccountId, BTreeSet<KeyId>> = BTreeMap::new();
+        let mut refs: BTreeMap<AccountId, u32> = BTreeMap::new();
+        for (slot, key) in &self.keys {
+            let id = KeyId::new(slot).unwrap();
+            assert_eq!(self.find_key(&key.name), Some(id), "a key can't be found");
+            if let Some(account) = key.holds {
+                due.insert((key.due(), id));
+                holders.entry(account).or_default().insert(id);
+            }
+            for account in [key.previous, key.bound].into_iter().flatten() {
+                *refs.entry(account).or_default() += 1;
+            }
+            assert!(!key.is_idle(), "a key of which nothing is known was kept");
+        }
+        assert_eq!(self.due, due, "due");
+        assert_eq!(self.key_names.len(), self.keys.len());
+        assert_eq!(self.account_names.len(), self.accounts.len());
+
+        let mut tiers: [TierIndex; 3] = std::array::from_fn(|_| TierIndex::new(self.capacity));
+        for (slot, account) in &self.accounts {
+            let id = AccountId::new(slot).unwrap();
+            assert_eq!(self.find_account(account.tier, &account.name), Some(id), "an account can't be found");
+            let held: BTreeSet<KeyId> = account.holders.iter().copied().collect();
+            assert_eq!(held.len(), account.holders.len(), "a key holds two slots of one account");
+            assert_eq!(held, holders.remove(&id).unwrap_or_default(), "holders of {}", account.name);
+            assert_eq!(account.refs, refs.remove(&id).unwrap_or(0), "refs of {}", account.name);
+            assert_eq!(account.class, account.class_at(self.horizon), "class of {}", account.name);
+            assert!(!account.is_idle(), "an account of which nothing is known was kept");
+            let index = &mut tiers[account.tier.index()];
+            index.tally.count(account, self.capacity, true);
+            let stale = matches!(account.class, Class::Cooling | Class::Expired);
+            if stale && !account.holders.is_empty() {
+                index.stale.insert(id);
+            }
+            if let File::Valid(credential) = &account.file {
+                if account.cooldown.is_set() {
+                    index.cooldowns.insert((account.cooldown.until, id));
+                }
+                index.expiries.extend(credential.expires_at.map(|end| (end, id)));
+            }
+            let used = account.holders.len();
+            let lendable = account.class == Class::Lendable && used < self.capacity as usize;
+            assert_eq!(account.bucket.is_some(), lendable, "bucket of {}", account.name);
+            if let Some((bucket, place)) = account.bucket {
+                assert_eq!(bucket as usize, used);
+                let found = self.tier(account.tier).buckets[used].get(place as usize);
+                assert_eq!(found, Some(&id), "place of {}", account.name);
+                index.buckets[used].push(id);
+            }
+            let off = self.account_is_off(id);
+            assert!(!off || account.queued, "{} is off and nobody knows", account.name);
+        }
+        assert!(holders.is_empty() && refs.is_empty(), "keys name accounts that are gone");
+        for tier in Tier::ALL {
+            let (kept, counted) = (self.tier(tier), &mut tiers[tier.index()]);
+            assert_eq!(kept.tally, counted.tally, "tally of {tier}");
+            assert_eq!(kept.stale, counted.stale, "stale of {tier}");
+            assert_eq!(kept.cooldowns, counted.cooldowns, "cooldowns of {tier}");
+            assert_eq!(kept.expiries, counted.expiries, "expiries of {tier}");
+            for (kept, counted) in kept.buckets.iter().zip(&counted.buckets) {
+                assert_eq!(kept.len(), counted.len(), "a bucket holds leftovers");
+            }
+        }
+        for (slot, key) in &self.keys {
+            let off = self.key_is_off(KeyId::new(slot).unwrap());
+            assert!(!off || key.queued, "a key is off and nobody knows");
+        }
+    }
+}

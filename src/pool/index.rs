@@ -26,7 +26,7 @@ pub(crate) struct Tally {
 
 impl Tally {
     /// Adds or takes away one account's part.
-    fn count(&mut self, account: &Account, capacity: u32, add: bool) {
+    pub(super) fn count(&mut self, account: &Account, capacity: u32, add: bool) {
         let step = |field: &mut u64, amount: u64| {
             *field = if add {
                 *field + amount

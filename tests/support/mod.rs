@@ -76,6 +76,11 @@ impl Options {
         self
     }
 
+    /// A replica of that server.
+    pub fn replica_of(self, primary: &Server) -> Self {
+        self.server(&["--replicaof", "127.0.0.1", &primary.port.to_string()])
+    }
+
     pub fn file(mut self, account: &str, content: &str) -> Self {
         self.accounts.push((account.to_owned(), content.to_owned()));
         self
@@ -348,6 +353,85 @@ impl Client {
         assert_eq!(verdict, "right");
     }
 
+    /// What the keyspace holds, and how many writes there have been.
+    pub fn traces(&mut self) -> (String, i64) {
+        let digest = self.run(&["DEBUG", "DIGEST"]);
+        let info: redis::InfoDict = self.run(&["INFO", "persistence"]);
+        (digest, info.get("rdb_changes_since_last_save").unwrap())
+    }
+
+    /// What `INFO` says under that name.
+    #[track_caller]
+    pub fn info(&mut self, section: &str, name: &str) -> String {
+        let info: redis::InfoDict = self.run(&["INFO", section]);
+        info.get(name).unwrap_or_else(|| panic!("INFO {section} has no {name}"))
+    }
+
+    /// The command must be refused with an error that begins with `code`, and
+    /// nothing may have been written. Answers the error's text.
+    #[track_caller]
+    pub fn refused(&mut self, code: &str, words: &[&str]) -> String {
+        let before = self.traces();
+        let error = self.error(words);
+        assert_eq!(error.split(' ').next(), Some(code), "{words:?}: {error}");
+        assert_eq!(self.traces(), before, "{words:?} was refused and yet wrote");
+        error
+    }
+
+    /// A new key bound to an account, as `tier/name`.
+    #[track_caller]
+    pub fn bound_key(&mut self, account: &str) -> String {
+        let (tier, name) = account.split_once('/').unwrap();
+        text(&self.map(&["MPOOL.KEYGEN", tier, name, "DAYS", "36500", "NOW", "0"])["key"])
+    }
+
+    /// The account that the key's hash names.
+    pub fn holds(&mut self, key: &str) -> Option<String> {
+        self.run(&["HGET", &format!("key_rotation:{key}"), "account"])
+    }
+
+    /// Waits until the pool knows the account, of the tier medium, or no longer.
+    #[track_caller]
+    pub fn wait_for_account(&mut self, account: &str, there: bool) {
+        let slots = format!("medium_pool:slots:{account}");
+        wait_for(&format!("{account} to be there: {there}"), || {
+            (self.run::<bool>(&["EXISTS", &slots]) == there).then_some(())
+        });
+    }
+
+    /// Every account and lease that STATUS shows of the tier, page by page.
+    #[track_caller]
+    pub fn pages(&mut self, list: &str, tier: &str, count: &str) -> Vec<BTreeMap<String, Value>> {
+        let (mut rows, mut cursor) = (Vec::new(), "0".to_owned());
+        loop {
+            let page = self.map(&["MPOOL.STATUS", list, tier, "CURSOR", &cursor, "COUNT", count]);
+            rows.extend(maps(&page[&list.to_lowercase()]));
+            cursor = text(&page["cursor"]);
+            if cursor == "0" {
+                return rows;
+            }
+        }
+    }
+
+    /// What STATUS says of one account of the tier medium.
+    #[track_caller]
+    pub fn account_status(&mut self, account: &str, now: i64) -> Option<BTreeMap<String, Value>> {
+        let page = self.map(&["MPOOL.STATUS", "ACCOUNTS", "medium", "NOW", &now.to_string(), "COUNT", "1000"]);
+        maps(&page["accounts"]).into_iter().find(|row| text(&row["account"]) == account)
+    }
+
+    /// The state of an account of the tier medium: available, partial, full …
+    #[track_caller]
+    pub fn state(&mut self, account: &str, now: i64) -> Option<String> {
+        self.account_status(account, now).map(|row| text(&row["state"]))
+    }
+
+    /// The files that STATUS calls invalid, as `tier/file`, with the reasons.
+    #[track_caller]
+    pub fn invalid_files(&mut self) -> BTreeMap<String, String> {
+        named_reasons(&self.map(&["MPOOL.STATUS"])["invalid_files"])
+    }
+
     /// REPAIR must find nothing to change.
     #[track_caller]
     pub fn check_repair(&mut self) {
@@ -364,6 +448,47 @@ pub struct Lease {
     pub previous: Option<String>,
     pub last: Option<i64>,
     pub next: Option<i64>,
+}
+
+/// A list of invalid files as RELOAD and STATUS give it, as `tier/file`.
+pub fn named_reasons(list: &Value) -> BTreeMap<String, String> {
+    let files = maps(list).into_iter();
+    files.map(|file| (format!("{}/{}", text(&file["tier"]), text(&file["file"])), text(&file["reason"]))).collect()
+}
+
+/// A list of maps, in either protocol.
+#[track_caller]
+pub fn maps(list: &Value) -> Vec<BTreeMap<String, Value>> {
+    redis::from_redis_value_ref(list).unwrap()
+}
+
+/// The names in a reply of names and values, in the order given.
+#[track_caller]
+pub fn names(reply: &Value) -> Vec<String> {
+    match reply {
+        Value::Map(pairs) => pairs.iter().map(|(name, _)| text(name)).collect(),
+        Value::Array(items) => items.iter().step_by(2).map(text).collect(),
+        other => panic!("not a map: {other:?}"),
+    }
+}
+
+/// Waits until both servers hold the same, the second one following the first.
+#[track_caller]
+pub fn wait_for_same(primary: &mut Client, replica: &mut Client) {
+    wait_for("the replica to catch up", || {
+        let up = replica.info("replication", "master_link_status") == "up";
+        let same = up && primary.traces().0 == replica.traces().0;
+        same.then_some(())
+    });
+}
+
+/// A random source from `MPOOL_SEED` or the clock; the seed is printed, so that
+/// a failure can be had again.
+pub fn seeded() -> rand::rngs::SmallRng {
+    let clock = || std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64;
+    let seed = std::env::var("MPOOL_SEED").ok().map_or_else(clock, |seed| seed.parse().unwrap());
+    println!("MPOOL_SEED={seed}");
+    rand::SeedableRng::seed_from_u64(seed)
 }
 
 #[track_caller]
