@@ -392,6 +392,9 @@ add_tier() {
     grouped slots "${total[$tier.slots]}"
     grouped free "${total[$tier.free]}"
     percent=$(((total[$tier.used] * 100 + total[$tier.slots] / 2) / total[$tier.slots]))
+    # 100 % is for a full tier, 0 % for an empty one.
+    if ((percent == 100 && total[$tier.used] < total[$tier.slots])); then percent=99; fi
+    if ((percent == 0 && total[$tier.used] > 0)); then percent=1; fi
     # The tier's own bar has ten cells, however few its slots.
     bar cells $((total[$tier.used] * BAR_CELLS)) $((total[$tier.slots] * BAR_CELLS))
     line+="  $cells  $used of $slots slots in use ($percent %) $middot $free free"

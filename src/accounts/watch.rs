@@ -755,10 +755,6 @@ mod tests {
             assert_eq!(told, wanted);
         }
 
-        fn applies(&self) -> usize {
-            self.sink.record.lock().unwrap().applies
-        }
-
         fn rescan(&self) -> Outcome {
             let (sender, receiver) = mpsc::channel();
             self.watcher.rescan(Box::new(move |outcome| {

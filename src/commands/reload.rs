@@ -42,7 +42,7 @@ impl Command for Reload {
 }
 
 fn report(reply: &Reply, outcome: &Outcome) {
-    reply.map(3);
+    reply.map(4);
     for (name, accounts) in [("added", &outcome.added), ("removed", &outcome.removed)] {
         reply.text(name);
         reply.array(accounts.len());
@@ -54,6 +54,17 @@ fn report(reply: &Reply, outcome: &Outcome) {
     reply.array(outcome.broken.len());
     for (tier, file, reason) in &outcome.broken {
         invalid_file(reply, *tier, file, reason);
+    }
+    // Nothing is removed for a folder that can't be read.
+    let unreadable = Tier::ALL
+        .into_iter()
+        .zip(outcome.readable)
+        .filter(|(_, readable)| !readable);
+    let unreadable: Vec<Tier> = unreadable.map(|(tier, _)| tier).collect();
+    reply.text("unreadable");
+    reply.array(unreadable.len());
+    for tier in unreadable {
+        reply.text(tier.name());
     }
 }
 

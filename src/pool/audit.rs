@@ -32,13 +32,39 @@ impl Pool {
         let mut tiers: [TierIndex; 3] = std::array::from_fn(|_| TierIndex::new(self.capacity));
         for (slot, account) in &self.accounts {
             let id = AccountId::new(slot).unwrap();
-            assert_eq!(self.find_account(account.tier, &account.name), Some(id), "an account can't be found");
+            assert_eq!(
+                self.find_account(account.tier, &account.name),
+                Some(id),
+                "an account can't be found"
+            );
             let held: BTreeSet<KeyId> = account.holders.iter().copied().collect();
-            assert_eq!(held.len(), account.holders.len(), "a key holds two slots of one account");
-            assert_eq!(held, holders.remove(&id).unwrap_or_default(), "holders of {}", account.name);
-            assert_eq!(account.refs, refs.remove(&id).unwrap_or(0), "refs of {}", account.name);
-            assert_eq!(account.class, account.class_at(self.horizon), "class of {}", account.name);
-            assert!(!account.is_idle(), "an account of which nothing is known was kept");
+            assert_eq!(
+                held.len(),
+                account.holders.len(),
+                "a key holds two slots of one account"
+            );
+            assert_eq!(
+                held,
+                holders.remove(&id).unwrap_or_default(),
+                "holders of {}",
+                account.name
+            );
+            assert_eq!(
+                account.refs,
+                refs.remove(&id).unwrap_or(0),
+                "refs of {}",
+                account.name
+            );
+            assert_eq!(
+                account.class,
+                account.class_at(self.horizon),
+                "class of {}",
+                account.name
+            );
+            assert!(
+                !account.is_idle(),
+                "an account of which nothing is known was kept"
+            );
             let index = &mut tiers[account.tier.index()];
             index.tally.count(account, self.capacity, true);
             let stale = matches!(account.class, Class::Cooling | Class::Expired);
@@ -49,11 +75,18 @@ impl Pool {
                 if account.cooldown.is_set() {
                     index.cooldowns.insert((account.cooldown.until, id));
                 }
-                index.expiries.extend(credential.expires_at.map(|end| (end, id)));
+                index
+                    .expiries
+                    .extend(credential.expires_at.map(|end| (end, id)));
             }
             let used = account.holders.len();
             let lendable = account.class == Class::Lendable && used < self.capacity as usize;
-            assert_eq!(account.bucket.is_some(), lendable, "bucket of {}", account.name);
+            assert_eq!(
+                account.bucket.is_some(),
+                lendable,
+                "bucket of {}",
+                account.name
+            );
             if let Some((bucket, place)) = account.bucket {
                 assert_eq!(bucket as usize, used);
                 let found = self.tier(account.tier).buckets[used].get(place as usize);
@@ -61,9 +94,16 @@ impl Pool {
                 index.buckets[used].push(id);
             }
             let off = self.account_is_off(id);
-            assert!(!off || account.queued, "{} is off and nobody knows", account.name);
+            assert!(
+                !off || account.queued,
+                "{} is off and nobody knows",
+                account.name
+            );
         }
-        assert!(holders.is_empty() && refs.is_empty(), "keys name accounts that are gone");
+        assert!(
+            holders.is_empty() && refs.is_empty(),
+            "keys name accounts that are gone"
+        );
         for tier in Tier::ALL {
             let (kept, counted) = (self.tier(tier), &mut tiers[tier.index()]);
             assert_eq!(kept.tally, counted.tally, "tally of {tier}");

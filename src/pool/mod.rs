@@ -191,15 +191,6 @@ impl Pool {
         }
     }
 
-    fn tier_mut(&mut self, tier: Tier) -> &mut TierIndex {
-        let [medium, high, supreme] = &mut self.tiers;
-        match tier {
-            Tier::Medium => medium,
-            Tier::High => high,
-            Tier::Supreme => supreme,
-        }
-    }
-
     fn key(&self, id: KeyId) -> Option<&Key> {
         self.keys.get(id.slot())
     }

@@ -51,9 +51,15 @@ pub(super) struct World {
 #[derive(Debug, PartialEq)]
 pub(super) enum Expected {
     Refused(Refusal),
-    Kept { account: String, state: State },
+    Kept {
+        account: String,
+        state: State,
+    },
     /// One of these, as a new lease.
-    OneOf { accounts: BTreeSet<String>, state: State },
+    OneOf {
+        accounts: BTreeSet<String>,
+        state: State,
+    },
 }
 
 impl World {
@@ -116,9 +122,11 @@ impl World {
 
     pub(super) fn set_cooldown(&mut self, tier: Tier, account: &str, cooldown: Cooldown) {
         self.pool.observe_cooldown(tier, account, cooldown.until);
-        self.pool.observe_reason(tier, account, cooldown.reason.as_deref());
+        self.pool
+            .observe_reason(tier, account, cooldown.reason.as_deref());
         self.cooldowns.insert((tier, account.to_owned()), cooldown);
-        self.cooldowns.retain(|_, cooldown| *cooldown != Cooldown::default());
+        self.cooldowns
+            .retain(|_, cooldown| *cooldown != Cooldown::default());
     }
 
     /// A file comes (none: one that can't be used) or goes.
@@ -142,7 +150,13 @@ impl World {
 
     fn write(&mut self, effect: &Effect) {
         match effect {
-            Effect::Lend { key, account, previous, last, next } => {
+            Effect::Lend {
+                key,
+                account,
+                previous,
+                last,
+                next,
+            } => {
                 let mut lease = self.leases.get(&**key).cloned().unwrap_or_default();
                 lease.account = Some(account.to_string());
                 lease.garbage = false;
@@ -168,15 +182,33 @@ impl World {
                 self.set_lease(key, Some(lease));
             }
             Effect::Forget { key } => self.set_lease(key, None),
-            Effect::Slots { tier, account, used } => self.set_slots(*tier, account, Stored::Count(*used)),
+            Effect::Slots {
+                tier,
+                account,
+                used,
+            } => self.set_slots(*tier, account, Stored::Count(*used)),
             Effect::Leave { tier, account } => {
                 self.set_slots(*tier, account, Stored::Absent);
                 self.set_cooldown(*tier, account, Cooldown::default());
             }
-            Effect::Cool { tier, account, until, reason } => {
-                self.set_cooldown(*tier, account, Cooldown { until: *until, reason: reason.clone() });
+            Effect::Cool {
+                tier,
+                account,
+                until,
+                reason,
+            } => {
+                self.set_cooldown(
+                    *tier,
+                    account,
+                    Cooldown {
+                        until: *until,
+                        reason: reason.clone(),
+                    },
+                );
             }
-            Effect::Warm { tier, account } => self.set_cooldown(*tier, account, Cooldown::default()),
+            Effect::Warm { tier, account } => {
+                self.set_cooldown(*tier, account, Cooldown::default())
+            }
             Effect::Deactivate { key } => {
                 let mut record = self.records[&**key].clone();
                 record.active = false;
@@ -212,14 +244,23 @@ impl World {
 
     // --- commands, as the module runs them ---
 
-    pub(super) fn acquire(&mut self, key: &str, now: i64, rng: &mut SmallRng) -> Result<Decision, Refusal> {
+    pub(super) fn acquire(
+        &mut self,
+        key: &str,
+        now: i64,
+        rng: &mut SmallRng,
+    ) -> Result<Decision, Refusal> {
         self.settle();
         let decision = self.pool.acquire(key, now, rng)?;
         self.carry_out(&decision.effects);
         Ok(decision)
     }
 
-    pub(super) fn release(&mut self, key: &str, now: Option<i64>) -> Result<Option<Box<str>>, Refusal> {
+    pub(super) fn release(
+        &mut self,
+        key: &str,
+        now: Option<i64>,
+    ) -> Result<Option<Box<str>>, Refusal> {
         self.settle();
         let freed = self.pool.release(key, now)?;
         self.carry_out(&freed.effects);
@@ -233,9 +274,16 @@ impl World {
         Ok(freed.account)
     }
 
-    pub(super) fn cool(&mut self, account: &str, now: i64, until: Option<i64>) -> Result<usize, Refusal> {
+    pub(super) fn cool(
+        &mut self,
+        account: &str,
+        now: i64,
+        until: Option<i64>,
+    ) -> Result<usize, Refusal> {
         self.settle();
-        let freed = self.pool.cool(Tier::Medium, account, now, until, Some("why"))?;
+        let freed = self
+            .pool
+            .cool(Tier::Medium, account, now, until, Some("why"))?;
         self.carry_out(&freed.effects);
         Ok(freed.slots)
     }
@@ -249,8 +297,13 @@ impl World {
     /// The file is there and good, its token has not expired, no cooldown.
     pub(super) fn usable(&self, tier: Tier, account: &str, now: i64) -> bool {
         let expired = |credential: &Credential| credential.expires_at.is_some_and(|end| now >= end);
-        let cooling = self.cooldowns.get(&(tier, account.to_owned())).is_some_and(|cooldown| now < cooldown.until);
-        self.valid(tier, account).is_some_and(|credential| !expired(credential)) && !cooling
+        let cooling = self
+            .cooldowns
+            .get(&(tier, account.to_owned()))
+            .is_some_and(|cooldown| now < cooldown.until);
+        self.valid(tier, account)
+            .is_some_and(|credential| !expired(credential))
+            && !cooling
     }
 
     /// Nothing is known of the account's file, and that decides nothing.
@@ -260,7 +313,11 @@ impl World {
 
     /// When a lease's slot falls due.
     fn due(&self, key: &str, lease: &Lease) -> i64 {
-        let end = self.records.get(key).and_then(|record| record.expires_at).unwrap_or(i64::MAX);
+        let end = self
+            .records
+            .get(key)
+            .and_then(|record| record.expires_at)
+            .unwrap_or(i64::MAX);
         lease.next.unwrap_or(0).min(end)
     }
 
@@ -268,7 +325,9 @@ impl World {
     fn others(&self, key: &str, now: i64) -> Vec<(&str, &Lease)> {
         let mut others = Vec::new();
         for (other, lease) in &self.leases {
-            let Some(account) = &lease.account else { continue };
+            let Some(account) = &lease.account else {
+                continue;
+            };
             let kept = self.usable(Tier::Medium, account, now) || self.unknown(account);
             if other != key && kept && self.due(other, lease) > now {
                 others.push((other.as_str(), lease));
@@ -290,7 +349,10 @@ impl World {
         }
         if let Some(account) = &record.bound {
             return if self.usable(record.tier, account, now) {
-                Expected::Kept { account: account.clone(), state: State::Bound }
+                Expected::Kept {
+                    account: account.clone(),
+                    state: State::Bound,
+                }
             } else {
                 Expected::Refused(Refusal::BoundAccount)
             };
@@ -298,8 +360,13 @@ impl World {
         let lease = self.leases.get(key).cloned().unwrap_or_default();
         let over = lease.next.is_none_or(|next| now >= next);
         let state = match &lease.account {
-            Some(account) if !over && (self.usable(Tier::Medium, account, now) || self.unknown(account)) => {
-                return Expected::Kept { account: account.clone(), state: State::Current };
+            Some(account)
+                if !over && (self.usable(Tier::Medium, account, now) || self.unknown(account)) =>
+            {
+                return Expected::Kept {
+                    account: account.clone(),
+                    state: State::Current,
+                };
             }
             Some(_) if over => State::Rotated,
             Some(_) => State::Failover,
@@ -308,29 +375,55 @@ impl World {
             None => State::Failover,
         };
         let others = self.others(key, now);
-        let medium = self.files.keys().filter(|(tier, _)| *tier == Tier::Medium).map(|(_, account)| account);
-        let usable: Vec<&String> = medium.filter(|account| self.usable(Tier::Medium, account, now)).collect();
-        let used = |account: &str| others.iter().filter(|(_, lease)| lease.account.as_deref() == Some(account)).count();
-        let free: Vec<&&String> = usable.iter().filter(|account| used(account) < self.capacity as usize).collect();
+        let medium = self
+            .files
+            .keys()
+            .filter(|(tier, _)| *tier == Tier::Medium)
+            .map(|(_, account)| account);
+        let usable: Vec<&String> = medium
+            .filter(|account| self.usable(Tier::Medium, account, now))
+            .collect();
+        let used = |account: &str| {
+            others
+                .iter()
+                .filter(|(_, lease)| lease.account.as_deref() == Some(account))
+                .count()
+        };
+        let free: Vec<&&String> = usable
+            .iter()
+            .filter(|account| used(account) < self.capacity as usize)
+            .collect();
         let Some(least) = free.iter().map(|account| used(account)).min() else {
             if let Some(own) = lease.account.filter(|own| self.unknown(own)) {
-                return Expected::OneOf { accounts: BTreeSet::from([own]), state };
+                return Expected::OneOf {
+                    accounts: BTreeSet::from([own]),
+                    state,
+                };
             }
             let warm = self.cooldowns.iter().filter(|((tier, account), cooldown)| {
-                *tier == Tier::Medium && cooldown.until > now && self.valid(*tier, account).is_some()
+                *tier == Tier::Medium
+                    && cooldown.until > now
+                    && self.valid(*tier, account).is_some()
             });
             let warm = warm.map(|(_, cooldown)| cooldown.until).min();
             return Expected::Refused(if usable.is_empty() {
                 Refusal::NoAccount { next: warm }
             } else {
-                let due = others.iter().map(|(other, lease)| self.due(other, lease)).min();
-                Refusal::PoolFull { next: [warm, due].into_iter().flatten().min() }
+                let due = others
+                    .iter()
+                    .map(|(other, lease)| self.due(other, lease))
+                    .min();
+                Refusal::PoolFull {
+                    next: [warm, due].into_iter().flatten().min(),
+                }
             });
         };
         let ties = free.into_iter().filter(|account| used(account) == least);
         let mut accounts: BTreeSet<String> = ties.map(ToString::to_string).collect();
         let last = lease.account.or(lease.previous);
-        if accounts.len() > 1 && let Some(last) = last {
+        if accounts.len() > 1
+            && let Some(last) = last
+        {
             accounts.remove(&last);
         }
         Expected::OneOf { accounts, state }
@@ -343,16 +436,32 @@ impl World {
             assert!(!lease.garbage, "{key} holds garbage");
             if let Some(account) = &lease.account {
                 *counted.entry(account).or_default() += 1;
-                let record = self.records.get(key).expect("a key that isn't registered holds a slot");
-                assert!(record.active && record.bound.is_none(), "{key} may hold no slot");
+                let record = self
+                    .records
+                    .get(key)
+                    .expect("a key that isn't registered holds a slot");
+                assert!(
+                    record.active && record.bound.is_none(),
+                    "{key} may hold no slot"
+                );
             }
         }
         for ((tier, account), stored) in &self.slots {
-            let used = if *tier == Tier::Medium { counted.remove(&**account).unwrap_or(0) } else { 0 };
+            let used = if *tier == Tier::Medium {
+                counted.remove(&**account).unwrap_or(0)
+            } else {
+                0
+            };
             assert_eq!(*stored, Stored::Count(used), "slots of {account}");
-            assert!(used <= u64::from(self.capacity), "{account} is over its slots");
+            assert!(
+                used <= u64::from(self.capacity),
+                "{account} is over its slots"
+            );
             if self.trusts_folder {
-                assert!(self.valid(*tier, account).is_some(), "{account} is gone and its counter isn't");
+                assert!(
+                    self.valid(*tier, account).is_some(),
+                    "{account} is gone and its counter isn't"
+                );
             }
         }
         assert!(counted.is_empty(), "leases without counters: {counted:?}");
@@ -389,6 +498,10 @@ impl World {
             fresh.set_record(key, Some(record.clone()));
         }
         fresh.pool.audit();
-        assert_eq!(self.pool.differences(&fresh.pool), 0, "the view has drifted from the keyspace");
+        assert_eq!(
+            self.pool.differences(&fresh.pool),
+            0,
+            "the view has drifted from the keyspace"
+        );
     }
 }

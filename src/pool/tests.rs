@@ -2,7 +2,7 @@
 //! the naive model of `model`.
 
 use super::model::{Expected, Lease, Record, World, credential};
-use super::{Cooldown, Refusal, State, Stored, SWEEP_LIMIT, Tier};
+use super::{Cooldown, Refusal, SWEEP_LIMIT, State, Stored, Tier};
 use proptest::prelude::*;
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
@@ -15,7 +15,12 @@ fn rng() -> SmallRng {
 }
 
 fn pooled(expires_at: Option<i64>) -> Record {
-    Record { tier: Tier::Medium, bound: None, expires_at, active: true }
+    Record {
+        tier: Tier::Medium,
+        bound: None,
+        expires_at,
+        active: true,
+    }
 }
 
 fn world(accounts: &[&str], keys: &[&str]) -> World {
@@ -36,13 +41,28 @@ impl World {
         let decision = self.acquire(key, now, &mut rng()).unwrap();
         self.check();
         self.pool.audit();
-        (self.pool.account_name(decision.account).unwrap().to_owned(), decision.state)
+        (
+            self.pool.account_name(decision.account).unwrap().to_owned(),
+            decision.state,
+        )
     }
 
     fn refusal(&mut self, key: &str, now: i64) -> Refusal {
-        let before = (self.leases.clone(), self.slots.clone(), self.records.clone());
+        let before = (
+            self.leases.clone(),
+            self.slots.clone(),
+            self.records.clone(),
+        );
         let refusal = self.acquire(key, now, &mut rng()).unwrap_err();
-        assert_eq!(before, (self.leases.clone(), self.slots.clone(), self.records.clone()), "a refusal changed something");
+        assert_eq!(
+            before,
+            (
+                self.leases.clone(),
+                self.slots.clone(),
+                self.records.clone()
+            ),
+            "a refusal changed something"
+        );
         refusal
     }
 
@@ -67,12 +87,21 @@ fn a_lease_is_current_until_its_very_last_millisecond() {
     let mut world = world(&["a", "b"], &["1"]);
     let (account, state) = world.get("1", 1000);
     assert_eq!(state, State::Assigned);
-    assert_eq!(world.get("1", 1000 + DAY - 1), (account.clone(), State::Current));
+    assert_eq!(
+        world.get("1", 1000 + DAY - 1),
+        (account.clone(), State::Current)
+    );
     let (next, state) = world.get("1", 1000 + DAY);
     assert_eq!(state, State::Rotated);
-    assert_ne!(next, account, "rotation avoids the previous account while another ties");
+    assert_ne!(
+        next, account,
+        "rotation avoids the previous account while another ties"
+    );
     let lease = &world.leases["1"];
-    assert_eq!((lease.last, lease.next), (Some(1000 + DAY), Some(1000 + 2 * DAY)));
+    assert_eq!(
+        (lease.last, lease.next),
+        (Some(1000 + DAY), Some(1000 + 2 * DAY))
+    );
     assert_eq!(lease.previous, Some(account));
 }
 
@@ -89,7 +118,10 @@ fn an_idle_key_blocks_no_slot_past_its_period() {
     let mut world = world(&["a"], &["1", "2", "3"]);
     world.get("1", 0);
     world.get("2", 5);
-    assert_eq!(world.refusal("3", DAY - 1), Refusal::PoolFull { next: Some(DAY) });
+    assert_eq!(
+        world.refusal("3", DAY - 1),
+        Refusal::PoolFull { next: Some(DAY) }
+    );
     assert_eq!(world.get("3", DAY).1, State::Assigned);
     assert_eq!(world.account_of("1"), None);
     assert!(world.account_of("2").is_some());
@@ -104,7 +136,11 @@ fn a_lost_account_is_a_failover_and_the_period_begins_anew() {
     let other = if account == "a" { "b" } else { "a" };
     world.set_file(Tier::Medium, &account, None);
     world.settle();
-    assert_eq!(world.account_of("1"), None, "a deleted account gives up its holders at once");
+    assert_eq!(
+        world.account_of("1"),
+        None,
+        "a deleted account gives up its holders at once"
+    );
     assert_eq!(world.get("1", 10), (other.to_owned(), State::Failover));
     assert_eq!(world.leases["1"].next, Some(10 + DAY));
 }
@@ -114,13 +150,22 @@ fn a_cooldown_moves_holders_on_and_ends_by_itself() {
     let mut world = world(&["a"], &["1"]);
     world.get("1", 0);
     assert_eq!(world.cool("a", 10, Some(60)).unwrap(), 1);
-    assert_eq!(world.refusal("1", 59), Refusal::NoAccount { next: Some(60) });
+    assert_eq!(
+        world.refusal("1", 59),
+        Refusal::NoAccount { next: Some(60) }
+    );
     assert_eq!(world.get("1", 60), ("a".to_owned(), State::Failover));
     // Time may go back: the account is cooling again for who says so.
-    assert_eq!(world.refusal("1", 50), Refusal::NoAccount { next: Some(60) });
+    assert_eq!(
+        world.refusal("1", 50),
+        Refusal::NoAccount { next: Some(60) }
+    );
     world.cool("a", 50, None).unwrap();
     assert_eq!(world.get("1", 50).0, "a");
-    assert_eq!(world.cool("zzz", 0, Some(1)).unwrap_err(), Refusal::NoSuchAccount);
+    assert_eq!(
+        world.cool("zzz", 0, Some(1)).unwrap_err(),
+        Refusal::NoSuchAccount
+    );
 }
 
 #[test]
@@ -129,7 +174,11 @@ fn an_expired_token_moves_holders_on() {
     world.set_file(Tier::Medium, "old", Some(Some(credential(Some(100)))));
     world.get("1", 0);
     world.get("2", 0);
-    let old = if world.account_of("1").as_deref() == Some("old") { "1" } else { "2" };
+    let old = if world.account_of("1").as_deref() == Some("old") {
+        "1"
+    } else {
+        "2"
+    };
     assert_eq!(world.get(old, 99).1, State::Current);
     assert_eq!(world.get(old, 100), ("a".to_owned(), State::Failover));
 }
@@ -138,15 +187,27 @@ fn an_expired_token_moves_holders_on() {
 fn bound_keys_take_no_slot() {
     let mut world = world(&["a"], &[]);
     world.set_file(Tier::High, "h", Some(Some(credential(Some(100)))));
-    let bound = |tier, account: &str| Record { tier, bound: Some(account.to_owned()), expires_at: None, active: true };
+    let bound = |tier, account: &str| Record {
+        tier,
+        bound: Some(account.to_owned()),
+        expires_at: None,
+        active: true,
+    };
     world.set_record("m", Some(bound(Tier::Medium, "a")));
     world.set_record("h", Some(bound(Tier::High, "h")));
     assert_eq!(world.get("m", 0), ("a".to_owned(), State::Bound));
     assert_eq!(world.get("h", 99), ("h".to_owned(), State::Bound));
-    assert_eq!(world.slots[&(Tier::Medium, "a".to_owned())], Stored::Count(0));
+    assert_eq!(
+        world.slots[&(Tier::Medium, "a".to_owned())],
+        Stored::Count(0)
+    );
     assert_eq!(world.refusal("h", 100), Refusal::BoundAccount);
     world.set_record("x", Some(bound(Tier::Medium, "h")));
-    assert_eq!(world.refusal("x", 0), Refusal::BoundAccount, "the account is another tier's");
+    assert_eq!(
+        world.refusal("x", 0),
+        Refusal::BoundAccount,
+        "the account is another tier's"
+    );
 }
 
 #[test]
@@ -159,13 +220,25 @@ fn the_ends_of_keys() {
     assert_eq!(world.refusal("nobody", 0), Refusal::NoKey);
     world.set_record("3", Some(pooled(None)));
     assert_eq!(world.refusal("3", 49), Refusal::PoolFull { next: Some(50) });
-    assert_eq!(world.get("3", 50).1, State::Assigned, "an expired key gives up its slot");
+    assert_eq!(
+        world.get("3", 50).1,
+        State::Assigned,
+        "an expired key gives up its slot"
+    );
     assert_eq!(world.revoke("1").unwrap().as_deref(), Some("a"));
     assert_eq!(world.revoke("1").unwrap(), None);
     assert_eq!(world.refusal("1", 50), Refusal::Revoked);
     assert_eq!(world.release("3", None).unwrap().as_deref(), Some("a"));
-    assert_eq!(world.release("3", None).unwrap(), None, "releasing twice is no error");
-    assert_eq!(world.get("3", 51).1, State::Assigned, "after a release a key starts afresh");
+    assert_eq!(
+        world.release("3", None).unwrap(),
+        None,
+        "releasing twice is no error"
+    );
+    assert_eq!(
+        world.get("3", 51).1,
+        State::Assigned,
+        "after a release a key starts afresh"
+    );
     assert_eq!(world.release("nobody", None).unwrap_err(), Refusal::NoKey);
 }
 
@@ -175,8 +248,16 @@ fn ties_are_broken_at_random_among_all() {
     let mut seen = BTreeSet::new();
     for seed in 0..200 {
         let mut world = world(&accounts, &["1"]);
-        let decision = world.acquire("1", 0, &mut SmallRng::seed_from_u64(seed)).unwrap();
-        seen.insert(world.pool.account_name(decision.account).unwrap().to_owned());
+        let decision = world
+            .acquire("1", 0, &mut SmallRng::seed_from_u64(seed))
+            .unwrap();
+        seen.insert(
+            world
+                .pool
+                .account_name(decision.account)
+                .unwrap()
+                .to_owned(),
+        );
     }
     assert_eq!(seen.len(), accounts.len());
 }
@@ -194,7 +275,13 @@ fn one_command_frees_a_bounded_number_of_overdue_leases_and_never_refuses_for_it
         world.get(key, 0);
     }
     world.get("late", DAY);
-    let held = |world: &World| world.leases.values().filter(|lease| lease.account.is_some()).count();
+    let held = |world: &World| {
+        world
+            .leases
+            .values()
+            .filter(|lease| lease.account.is_some())
+            .count()
+    };
     assert_eq!(held(&world), 200 - SWEEP_LIMIT + 1);
     world.release("late", Some(DAY)).unwrap();
     assert_eq!(held(&world), 200 - 2 * SWEEP_LIMIT);
@@ -206,11 +293,23 @@ fn a_name_without_a_file_is_left_alone_where_files_are_not_known() {
     world.pool.follow();
     world.trusts_folder = false;
     world.set_record("1", Some(pooled(None)));
-    world.set_lease("1", Some(Lease { account: Some("far".into()), last: Some(0), next: Some(DAY), ..Lease::default() }));
+    world.set_lease(
+        "1",
+        Some(Lease {
+            account: Some("far".into()),
+            last: Some(0),
+            next: Some(DAY),
+            ..Lease::default()
+        }),
+    );
     world.set_slots(Tier::Medium, "far", Stored::Count(1));
     world.settle();
     assert_eq!(world.get("1", 5), ("far".to_owned(), State::Current));
-    assert_eq!(world.get("1", DAY), ("far".to_owned(), State::Rotated), "who holds a slot is not refused");
+    assert_eq!(
+        world.get("1", DAY),
+        ("far".to_owned(), State::Rotated),
+        "who holds a slot is not refused"
+    );
     let decision = world.acquire("1", DAY + 1, &mut rng()).unwrap();
     assert!(world.pool.credential(decision.account).is_none());
     world.set_record("2", Some(pooled(None)));
@@ -260,7 +359,13 @@ enum Step {
 }
 
 fn step() -> impl Strategy<Value = Step> {
-    let time = prop_oneof![Just(0), -2 * DAY..2 * DAY, -10_i64..10, Just(DAY), Just(-DAY)];
+    let time = prop_oneof![
+        Just(0),
+        -2 * DAY..2 * DAY,
+        -10_i64..10,
+        Just(DAY),
+        Just(-DAY)
+    ];
     let any = || any::<u8>();
     prop_oneof![
         30 => any().prop_map(Step::Acquire),
@@ -308,7 +413,11 @@ impl Run {
                 let key = Self::key(key);
                 world.settle();
                 let held = world.account_of(&key);
-                let expected = if world.records.contains_key(&key) { Ok(held) } else { Err(Refusal::NoKey) };
+                let expected = if world.records.contains_key(&key) {
+                    Ok(held)
+                } else {
+                    Err(Refusal::NoKey)
+                };
                 let freed = world.release(&key, timed.then_some(self.now));
                 assert_eq!(freed.map(|account| account.map(String::from)), expected);
                 assert_eq!(world.account_of(&key), None);
@@ -323,33 +432,61 @@ impl Run {
                 let _ = world.cool(&Self::account(account), self.now, None);
             }
             Step::FileGood(account, end) => {
-                world.set_file(Tier::Medium, &Self::account(account), Some(Some(credential(end))));
+                world.set_file(
+                    Tier::Medium,
+                    &Self::account(account),
+                    Some(Some(credential(end))),
+                );
             }
-            Step::FileBad(account) => world.set_file(Tier::Medium, &Self::account(account), Some(None)),
+            Step::FileBad(account) => {
+                world.set_file(Tier::Medium, &Self::account(account), Some(None))
+            }
             Step::FileGone(account) => world.set_file(Tier::Medium, &Self::account(account), None),
             Step::Time(by) => self.now = (self.now + by).clamp(0, 20 * DAY),
             Step::Capacity(capacity) => world.set_capacity(u32::from(capacity)),
             Step::Register(key, end) => world.set_record(&Self::key(key), Some(pooled(end))),
             Step::Bind(key, account) => {
                 let bound = Some(Self::account(account));
-                let record = Record { tier: Tier::Medium, bound, expires_at: None, active: true };
+                let record = Record {
+                    tier: Tier::Medium,
+                    bound,
+                    expires_at: None,
+                    active: true,
+                };
                 world.set_record(&Self::key(key), Some(record));
             }
             Step::Forget(key) => world.set_record(&Self::key(key), None),
             Step::DropLease(key) => world.set_lease(&Self::key(key), None),
             Step::Seat(key, account, next) => {
-                let lease = Lease { account: Some(Self::account(account)), next: Some(next), ..Lease::default() };
+                let lease = Lease {
+                    account: Some(Self::account(account)),
+                    next: Some(next),
+                    ..Lease::default()
+                };
                 world.set_lease(&Self::key(key), Some(lease));
             }
             Step::Spoil(key) => {
-                world.set_lease(&Self::key(key), Some(Lease { garbage: true, ..Lease::default() }));
+                world.set_lease(
+                    &Self::key(key),
+                    Some(Lease {
+                        garbage: true,
+                        ..Lease::default()
+                    }),
+                );
             }
             Step::Count(account, count) => {
                 let stored = count.map_or(Stored::Garbage, Stored::Count);
                 world.set_slots(Tier::Medium, &Self::account(account), stored);
             }
             Step::SetCooldown(account, until) => {
-                world.set_cooldown(Tier::Medium, &Self::account(account), Cooldown { until, reason: None });
+                world.set_cooldown(
+                    Tier::Medium,
+                    &Self::account(account),
+                    Cooldown {
+                        until,
+                        reason: None,
+                    },
+                );
             }
         }
         self.world.pool.audit();
@@ -363,12 +500,23 @@ impl Run {
         let (world, now) = (&mut self.world, self.now);
         world.settle();
         let expected = world.expected(key, now);
-        let before = (world.leases.clone(), world.slots.clone(), world.cooldowns.clone());
+        let before = (
+            world.leases.clone(),
+            world.slots.clone(),
+            world.cooldowns.clone(),
+        );
         let decision = world.acquire(key, now, &mut self.rng);
         let decision = match (decision, expected) {
             (Err(refusal), expected) => {
                 assert_eq!(Expected::Refused(refusal), expected);
-                assert_eq!(before, (world.leases.clone(), world.slots.clone(), world.cooldowns.clone()));
+                assert_eq!(
+                    before,
+                    (
+                        world.leases.clone(),
+                        world.slots.clone(),
+                        world.cooldowns.clone()
+                    )
+                );
                 return;
             }
             (Ok(decision), Expected::Kept { account, state }) => {
@@ -378,24 +526,44 @@ impl Run {
                 decision
             }
             (Ok(decision), Expected::OneOf { accounts, state }) => {
-                let account = world.pool.account_name(decision.account).unwrap().to_owned();
-                assert!(accounts.contains(&account), "{account} is none of {accounts:?}");
+                let account = world
+                    .pool
+                    .account_name(decision.account)
+                    .unwrap()
+                    .to_owned();
+                assert!(
+                    accounts.contains(&account),
+                    "{account} is none of {accounts:?}"
+                );
                 assert_eq!(decision.state, state);
                 assert_eq!(world.account_of(key), Some(account));
                 assert_eq!((decision.last, decision.next), (Some(now), Some(now + DAY)));
                 for (other, lease) in &world.leases {
                     if let (Some(account), true) = (&lease.account, other != key) {
-                        assert!(world.usable(Tier::Medium, account, now), "{other} keeps {account}");
-                        assert!(lease.next.unwrap_or(0) > now, "{other} is overdue and keeps its slot");
+                        assert!(
+                            world.usable(Tier::Medium, account, now),
+                            "{other} keeps {account}"
+                        );
+                        assert!(
+                            lease.next.unwrap_or(0) > now,
+                            "{other} is overdue and keeps its slot"
+                        );
                     }
                 }
                 decision
             }
-            (Ok(decision), Expected::Refused(refusal)) => panic!("{decision:?} instead of {refusal:?}"),
+            (Ok(decision), Expected::Refused(refusal)) => {
+                panic!("{decision:?} instead of {refusal:?}")
+            }
         };
-        let Some(lease) = world.leases.get(key) else { return };
+        let Some(lease) = world.leases.get(key) else {
+            return;
+        };
         if decision.state != State::Bound {
-            assert_eq!((decision.last.or(lease.last), decision.next), (lease.last, lease.next));
+            assert_eq!(
+                (decision.last.or(lease.last), decision.next),
+                (lease.last, lease.next)
+            );
         }
     }
 }

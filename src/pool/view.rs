@@ -143,12 +143,6 @@ impl Pool {
         self.change_account(tier, name, |account| account.file = file);
     }
 
-    /// What this node's account folder says of an account.
-    pub(crate) fn file(&self, tier: Tier, name: &str) -> Option<&File> {
-        let id = self.find_account(tier, name)?;
-        self.account(id).map(|account| &account.file)
-    }
-
     /// Whether a tier's folder on this node is the whole truth: then a name
     /// without a file is no account, and its leases are given up. Otherwise
     /// such a name is left as the keyspace has it.

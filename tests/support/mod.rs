@@ -1,6 +1,10 @@
 //! What the tests against real servers share: a redis-server with the module,
 //! started on a free port in a folder of its own and gone with its guard.
-#![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part of this")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    reason = "each test binary uses its own part of this"
+)]
 
 use redis::{Connection, FromRedisValue, RedisResult, Value};
 use std::collections::BTreeMap;
@@ -19,8 +23,12 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 /// The module, built by `cargo build` before the tests run.
 pub fn module() -> PathBuf {
     let test = std::env::current_exe().unwrap();
-    let profile = test.ancestors().find(|folder| folder.join("libmpool.so").exists());
-    profile.expect("libmpool.so is not built: run `cargo build` first").join("libmpool.so")
+    let profile = test
+        .ancestors()
+        .find(|folder| folder.join("libmpool.so").exists());
+    profile
+        .expect("libmpool.so is not built: run `cargo build` first")
+        .join("libmpool.so")
 }
 
 /// The folder of the repository.
@@ -30,7 +38,11 @@ pub fn repository() -> &'static Path {
 
 /// A port that nothing listens on.
 pub fn free_port() -> u16 {
-    TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()
+    TcpListener::bind(("127.0.0.1", 0))
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port()
 }
 
 /// Waits until `done` answers something, and fails after [`PATIENCE`].
@@ -72,7 +84,11 @@ impl Options {
 
     /// Accounts of the tier medium with a token `token-of-NAME`.
     pub fn accounts(mut self, names: &[&str]) -> Self {
-        self.accounts.extend(names.iter().map(|name| (format!("medium/{name}"), bearer(name))));
+        self.accounts.extend(
+            names
+                .iter()
+                .map(|name| (format!("medium/{name}"), bearer(name))),
+        );
         self
     }
 
@@ -113,7 +129,12 @@ impl Server {
             fs::create_dir_all(folder.path().join("account").join(tier)).unwrap();
         }
         fs::create_dir(folder.path().join("data")).unwrap();
-        let mut server = Self { child: None, port: 0, folder, options };
+        let mut server = Self {
+            child: None,
+            port: 0,
+            folder,
+            options,
+        };
         for (account, content) in server.options.accounts.clone() {
             server.write_account(&account, &content);
         }
@@ -137,16 +158,35 @@ impl Server {
 
     fn try_launch(&mut self) -> bool {
         let data = self.folder.path().join("data");
-        let mut command = Command::new(std::env::var_os("MPOOL_TEST_SERVER").unwrap_or_else(|| "redis-server".into()));
+        let mut command = Command::new(
+            std::env::var_os("MPOOL_TEST_SERVER").unwrap_or_else(|| "redis-server".into()),
+        );
         command.args(["--port", &self.port.to_string(), "--bind", "127.0.0.1"]);
-        command.args(["--save", "", "--enable-debug-command", "yes", "--logfile", "log"]);
+        command.args([
+            "--save",
+            "",
+            "--enable-debug-command",
+            "yes",
+            "--logfile",
+            "log",
+        ]);
         command.arg("--dir").arg(&data).args(&self.options.server);
         if !self.options.bare {
-            command.arg("--loadmodule").arg(module()).arg("account-dir").arg(self.account_dir());
+            command
+                .arg("--loadmodule")
+                .arg(module())
+                .arg("account-dir")
+                .arg(self.account_dir());
             command.args(&self.options.module);
         }
-        command.current_dir(&data).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        let child = self.child.insert(command.spawn().expect("redis-server is not installed"));
+        command
+            .current_dir(&data)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let child = self
+            .child
+            .insert(command.spawn().expect("redis-server is not installed"));
         let deadline = Instant::now() + PATIENCE;
         let client = redis::Client::open(("127.0.0.1", self.port)).unwrap();
         while Instant::now() < deadline {
@@ -155,7 +195,9 @@ impl Server {
                 return false;
             }
             let ready = client.get_connection().and_then(|mut connection| {
-                redis::cmd("INFO").arg("server").query::<redis::InfoDict>(&mut connection)
+                redis::cmd("INFO")
+                    .arg("server")
+                    .query::<redis::InfoDict>(&mut connection)
             });
             match ready {
                 // Another test's server may have taken the port meanwhile.
@@ -228,7 +270,9 @@ impl Server {
 
     /// Whether the process is there; it must never go by itself.
     pub fn is_alive(&mut self) -> bool {
-        self.child.as_mut().is_some_and(|child| child.try_wait().unwrap().is_none())
+        self.child
+            .as_mut()
+            .is_some_and(|child| child.try_wait().unwrap().is_none())
     }
 }
 
@@ -236,7 +280,11 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.kill();
         if std::thread::panicking() {
-            eprintln!("--- log of the server on port {} ---\n{}", self.port, self.log());
+            eprintln!(
+                "--- log of the server on port {} ---\n{}",
+                self.port,
+                self.log()
+            );
         }
     }
 }
@@ -249,7 +297,10 @@ pub struct Client {
 impl Client {
     #[track_caller]
     pub fn open(url: &str) -> Self {
-        let connection = redis::Client::open(url).unwrap().get_connection_with_timeout(PATIENCE).unwrap();
+        let connection = redis::Client::open(url)
+            .unwrap()
+            .get_connection_with_timeout(PATIENCE)
+            .unwrap();
         connection.set_read_timeout(Some(PATIENCE)).unwrap();
         Self { connection }
     }
@@ -268,7 +319,8 @@ impl Client {
 
     #[track_caller]
     pub fn run<T: FromRedisValue>(&mut self, words: &[&str]) -> T {
-        self.try_run(words).unwrap_or_else(|error| panic!("{words:?}: {error}"))
+        self.try_run(words)
+            .unwrap_or_else(|error| panic!("{words:?}: {error}"))
     }
 
     /// A command whose answer doesn't matter, as long as it is none an error.
@@ -292,7 +344,11 @@ impl Client {
     #[track_caller]
     pub fn error_bytes(&mut self, words: &[&[u8]]) -> String {
         match self.try_bytes::<Value>(words) {
-            Err(error) => format!("{} {}", error.code().unwrap_or_default(), error.detail().unwrap_or_default()),
+            Err(error) => format!(
+                "{} {}",
+                error.code().unwrap_or_default(),
+                error.detail().unwrap_or_default()
+            ),
             Ok(value) => panic!("{words:?} was not refused: {value:?}"),
         }
     }
@@ -300,17 +356,29 @@ impl Client {
     /// A new key of the pool.
     #[track_caller]
     pub fn pool_key(&mut self) -> String {
-        text(&self.map(&["MPOOL.KEYGEN", "medium", "POOL", "DAYS", "36500", "NOW", "0"])["key"])
+        text(
+            &self.map(&[
+                "MPOOL.KEYGEN",
+                "medium",
+                "POOL",
+                "DAYS",
+                "36500",
+                "NOW",
+                "0",
+            ])["key"],
+        )
     }
 
     #[track_caller]
     pub fn acquire(&mut self, key: &str, now: i64) -> Lease {
-        self.try_acquire(key, now).unwrap_or_else(|error| panic!("{error}"))
+        self.try_acquire(key, now)
+            .unwrap_or_else(|error| panic!("{error}"))
     }
 
     /// The lease, or the text of the error.
     pub fn try_acquire(&mut self, key: &str, now: i64) -> Result<Lease, String> {
-        let reply: RedisResult<BTreeMap<String, Value>> = self.try_run(&["MPOOL.ACQUIRE", key, &now.to_string()]);
+        let reply: RedisResult<BTreeMap<String, Value>> =
+            self.try_run(&["MPOOL.ACQUIRE", key, &now.to_string()]);
         match reply {
             Ok(reply) => Ok(Lease {
                 account: text(&reply["account"]),
@@ -319,7 +387,11 @@ impl Client {
                 last: optional_number(&reply["last_rotation"]),
                 next: optional_number(&reply["next_rotation"]),
             }),
-            Err(error) => Err(format!("{} {}", error.code().unwrap_or_default(), error.detail().unwrap_or_default())),
+            Err(error) => Err(format!(
+                "{} {}",
+                error.code().unwrap_or_default(),
+                error.detail().unwrap_or_default()
+            )),
         }
     }
 
@@ -332,13 +404,21 @@ impl Client {
     /// against the leases that name it, each within `capacity`.
     #[track_caller]
     pub fn check_invariants(&mut self, capacity: u64) {
+        assert_eq!(self.broken_invariant(capacity), None);
+    }
+
+    /// What the keyspace says that can't be.
+    #[track_caller]
+    pub fn broken_invariant(&mut self, capacity: u64) -> Option<String> {
         let script = r"
             local counts, leases = {}, {}
             for _, key in ipairs(redis.call('KEYS', 'medium_pool:slots:*')) do
                 counts[string.sub(key, 19)] = tonumber(redis.call('GET', key))
+                if not counts[string.sub(key, 19)] then return key .. ' is no number' end
             end
             for _, key in ipairs(redis.call('KEYS', 'key_rotation:*')) do
-                local account = redis.call('HGET', key, 'account')
+                local hash = redis.call('TYPE', key).ok == 'hash'
+                local account = hash and redis.call('HGET', key, 'account')
                 if account then leases[account] = (leases[account] or 0) + 1 end
             end
             for account, count in pairs(counts) do
@@ -350,7 +430,7 @@ impl Client {
             end
             return 'right'";
         let verdict: String = self.run(&["EVAL", script, "0", &capacity.to_string()]);
-        assert_eq!(verdict, "right");
+        (verdict != "right").then_some(verdict)
     }
 
     /// What the keyspace holds, and how many writes there have been.
@@ -364,7 +444,8 @@ impl Client {
     #[track_caller]
     pub fn info(&mut self, section: &str, name: &str) -> String {
         let info: redis::InfoDict = self.run(&["INFO", section]);
-        info.get(name).unwrap_or_else(|| panic!("INFO {section} has no {name}"))
+        info.get(name)
+            .unwrap_or_else(|| panic!("INFO {section} has no {name}"))
     }
 
     /// The command must be refused with an error that begins with `code`, and
@@ -404,7 +485,15 @@ impl Client {
     pub fn pages(&mut self, list: &str, tier: &str, count: &str) -> Vec<BTreeMap<String, Value>> {
         let (mut rows, mut cursor) = (Vec::new(), "0".to_owned());
         loop {
-            let page = self.map(&["MPOOL.STATUS", list, tier, "CURSOR", &cursor, "COUNT", count]);
+            let page = self.map(&[
+                "MPOOL.STATUS",
+                list,
+                tier,
+                "CURSOR",
+                &cursor,
+                "COUNT",
+                count,
+            ]);
             rows.extend(maps(&page[&list.to_lowercase()]));
             cursor = text(&page["cursor"]);
             if cursor == "0" {
@@ -416,14 +505,25 @@ impl Client {
     /// What STATUS says of one account of the tier medium.
     #[track_caller]
     pub fn account_status(&mut self, account: &str, now: i64) -> Option<BTreeMap<String, Value>> {
-        let page = self.map(&["MPOOL.STATUS", "ACCOUNTS", "medium", "NOW", &now.to_string(), "COUNT", "1000"]);
-        maps(&page["accounts"]).into_iter().find(|row| text(&row["account"]) == account)
+        let page = self.map(&[
+            "MPOOL.STATUS",
+            "ACCOUNTS",
+            "medium",
+            "NOW",
+            &now.to_string(),
+            "COUNT",
+            "1000",
+        ]);
+        maps(&page["accounts"])
+            .into_iter()
+            .find(|row| text(&row["account"]) == account)
     }
 
     /// The state of an account of the tier medium: available, partial, full …
     #[track_caller]
     pub fn state(&mut self, account: &str, now: i64) -> Option<String> {
-        self.account_status(account, now).map(|row| text(&row["state"]))
+        self.account_status(account, now)
+            .map(|row| text(&row["state"]))
     }
 
     /// The files that STATUS calls invalid, as `tier/file`, with the reasons.
@@ -453,7 +553,14 @@ pub struct Lease {
 /// A list of invalid files as RELOAD and STATUS give it, as `tier/file`.
 pub fn named_reasons(list: &Value) -> BTreeMap<String, String> {
     let files = maps(list).into_iter();
-    files.map(|file| (format!("{}/{}", text(&file["tier"]), text(&file["file"])), text(&file["reason"]))).collect()
+    files
+        .map(|file| {
+            (
+                format!("{}/{}", text(&file["tier"]), text(&file["file"])),
+                text(&file["reason"]),
+            )
+        })
+        .collect()
 }
 
 /// A list of maps, in either protocol.
@@ -485,8 +592,15 @@ pub fn wait_for_same(primary: &mut Client, replica: &mut Client) {
 /// A random source from `MPOOL_SEED` or the clock; the seed is printed, so that
 /// a failure can be had again.
 pub fn seeded() -> rand::rngs::SmallRng {
-    let clock = || std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64;
-    let seed = std::env::var("MPOOL_SEED").ok().map_or_else(clock, |seed| seed.parse().unwrap());
+    let clock = || {
+        std::time::SystemTime::UNIX_EPOCH
+            .elapsed()
+            .unwrap()
+            .as_nanos() as u64
+    };
+    let seed = std::env::var("MPOOL_SEED")
+        .ok()
+        .map_or_else(clock, |seed| seed.parse().unwrap());
     println!("MPOOL_SEED={seed}");
     rand::SeedableRng::seed_from_u64(seed)
 }

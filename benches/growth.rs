@@ -1,0 +1,258 @@
+//! What ACQUIRE costs as the pool grows: the server's CPU time per call, for a
+//! current lease and for one that must choose, at 10 to 100,000 accounts and
+//! 1,000 to 1,000,000 keys. Everything is measured side by side in one run,
+//! round after round; figures are medians, with the spread beside them.
+//!
+//! Run it with `make bench`.
+
+#[path = "../tests/support/mod.rs"]
+mod support;
+
+use std::fmt::Write as _;
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use support::{DAY, Options, Server};
+
+const ROUNDS: usize = 7;
+const CALLS: usize = 100_000;
+const PIPELINE: usize = 32;
+/// Between one key's rotation and the next one's, in ms.
+const STEP: i64 = 80;
+
+/// One size of pool, with a server of its own.
+struct Cell {
+    name: &'static str,
+    server: Server,
+    link: Link,
+    keys: Vec<String>,
+    /// Which key rotates next, and how often all have by then.
+    turn: usize,
+    lap: i64,
+    /// When the last one did, in unix ms.
+    now: i64,
+    /// Nanoseconds per call, a figure a round.
+    current: Vec<f64>,
+    choosing: Vec<f64>,
+}
+
+impl Cell {
+    fn new(name: &'static str, accounts: usize, slots: usize, keys: usize) -> Self {
+        eprintln!("setting up {name} ...");
+        let names: Vec<String> = (0..accounts).map(|n| format!("account-{n:06}")).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let options = Options::default().accounts(&names);
+        let server = options
+            .module(&["slots-per-account", &slots.to_string()])
+            .start();
+        let mut link = Link::open(server.port);
+        let keys: Vec<String> = (0..keys)
+            .map(|n| format!("sk-cli-v1-{:064x}", mix(n as u64)))
+            .collect();
+        let records = keys.iter().map(|key| {
+            let name = format!("client_keys:{key}");
+            pack(&[
+                "HSET",
+                &name,
+                "tier",
+                "medium",
+                "use_pool",
+                "true",
+                "active",
+                "true",
+                "expires_at",
+                "99999999999999",
+            ])
+        });
+        link.run(records);
+        link.run((0..keys.len()).map(|n| acquire(&keys[n], n as i64 * STEP)));
+        let mut cell = Self {
+            name,
+            server,
+            link,
+            keys,
+            turn: 0,
+            lap: 1,
+            now: 0,
+            current: Vec::new(),
+            choosing: Vec::new(),
+        };
+        // What creating so many accounts has left to do is not to be measured.
+        cell.server.connect().ok(&["MPOOL.REPAIR"]);
+        cell
+    }
+
+    /// Calls for keys in a scattered order, each within its period.
+    fn round_current(&mut self) {
+        let count = self.keys.len() as u64;
+        let calls: Vec<Vec<u8>> = (0..CALLS as u64)
+            .map(|n| acquire(&self.keys[(mix(n) % count) as usize], self.now))
+            .collect();
+        let cost = self.link.measured(self.server.pid(), calls);
+        self.current.push(cost);
+    }
+
+    /// Each call is some key's first after its period, and nothing else is due.
+    fn round_choosing(&mut self) {
+        let calls: Vec<Vec<u8>> = (0..CALLS)
+            .map(|_| {
+                self.now = self.lap * DAY + self.turn as i64 * STEP;
+                let call = acquire(&self.keys[self.turn], self.now);
+                self.turn += 1;
+                if self.turn == self.keys.len() {
+                    self.turn = 0;
+                    self.lap += 1;
+                }
+                call
+            })
+            .collect();
+        let cost = self.link.measured(self.server.pid(), calls);
+        self.choosing.push(cost);
+    }
+}
+
+fn main() {
+    // 20 keys fit into 10 accounts of two slots; 1,000 keys into the others.
+    let mut by_accounts = [
+        Cell::new("10 accounts", 10, 2, 20),
+        Cell::new("1,000 accounts", 1_000, 2, 1_000),
+        Cell::new("100,000 accounts", 100_000, 2, 1_000),
+    ];
+    run("accounts", &mut by_accounts);
+    drop(by_accounts);
+    let mut by_keys = [
+        Cell::new("1,000 keys", 1_000, 1_024, 1_000),
+        Cell::new("1,000,000 keys", 1_000, 1_024, 1_000_000),
+    ];
+    run("keys", &mut by_keys);
+}
+
+fn run(what: &str, cells: &mut [Cell]) {
+    for _ in 0..ROUNDS {
+        for cell in &mut *cells {
+            cell.round_choosing();
+            cell.round_current();
+        }
+    }
+    println!(
+        "\nACQUIRE by {what}: server CPU per call, pipelines of {PIPELINE}, median of {ROUNDS} (least to most)"
+    );
+    println!("{:<20}{:>34}{:>34}", "", "current lease", "must choose");
+    let base = (median(&cells[0].current), median(&cells[0].choosing));
+    for cell in cells {
+        let mut line = format!("{:<20}", cell.name);
+        for (figures, base) in [(&cell.current, base.0), (&cell.choosing, base.1)] {
+            let (least, most) = (
+                lowest(figures),
+                -lowest(&figures.iter().map(|figure| -figure).collect::<Vec<_>>()),
+            );
+            let ratio = median(figures) / base;
+            let text = format!(
+                "{:.2} us ({:.2} to {:.2})  {ratio:.2}x",
+                median(figures) / 1e3,
+                least / 1e3,
+                most / 1e3
+            );
+            let _ = write!(line, "{text:>34}");
+        }
+        println!("{line}");
+    }
+}
+
+fn median(figures: &[f64]) -> f64 {
+    let mut sorted = figures.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted[sorted.len() / 2]
+}
+
+fn lowest(figures: &[f64]) -> f64 {
+    figures.iter().copied().fold(f64::INFINITY, f64::min)
+}
+
+/// Numbers that look scattered, the same in each run (splitmix64's finish).
+fn mix(number: u64) -> u64 {
+    let mut mixed = number
+        .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+        .wrapping_add(0x1234_5678);
+    mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    mixed ^ (mixed >> 31)
+}
+
+fn acquire(key: &str, now: i64) -> Vec<u8> {
+    pack(&["MPOOL.ACQUIRE", key, &now.to_string()])
+}
+
+fn pack(words: &[&str]) -> Vec<u8> {
+    let mut command = redis::Cmd::new();
+    for word in words {
+        command.arg(*word);
+    }
+    command.get_packed_command()
+}
+
+/// A connection that sends pipelines and reads past replies as fast as it can.
+struct Link {
+    stream: TcpStream,
+    replies: BufReader<TcpStream>,
+}
+
+impl Link {
+    fn open(port: u16) -> Self {
+        let stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+        stream.set_nodelay(true).unwrap();
+        let replies = BufReader::with_capacity(1 << 16, stream.try_clone().unwrap());
+        Self { stream, replies }
+    }
+
+    fn run(&mut self, calls: impl IntoIterator<Item = Vec<u8>>) {
+        let mut batch = Vec::new();
+        let mut waiting = 0;
+        for call in calls {
+            batch.extend(call);
+            waiting += 1;
+            if waiting == PIPELINE {
+                self.flush(&mut batch, &mut waiting);
+            }
+        }
+        self.flush(&mut batch, &mut waiting);
+    }
+
+    fn flush(&mut self, batch: &mut Vec<u8>, waiting: &mut usize) {
+        self.stream.write_all(batch).unwrap();
+        batch.clear();
+        for _ in 0..std::mem::take(waiting) {
+            self.skip_reply();
+        }
+    }
+
+    fn skip_reply(&mut self) {
+        let mut line = Vec::new();
+        self.replies.read_until(b'\n', &mut line).unwrap();
+        let text = String::from_utf8_lossy(&line);
+        let number = || text[1..].trim().parse::<i64>().unwrap();
+        match line[0] {
+            b'*' => (0..number()).for_each(|_| self.skip_reply()),
+            b'$' if number() >= 0 => {
+                let length = number() as u64 + 2;
+                std::io::copy(&mut (&mut self.replies).take(length), &mut std::io::sink()).unwrap();
+            }
+            b'-' => panic!("{text}"),
+            _ => {}
+        }
+    }
+
+    /// CPU time of the process per call, in ns.
+    fn measured(&mut self, pid: u32, calls: Vec<Vec<u8>>) -> f64 {
+        let count = calls.len() as f64;
+        let before = cpu_time(pid);
+        self.run(calls);
+        (cpu_time(pid) - before) as f64 / count
+    }
+}
+
+/// CPU time of a process's main thread, in ns.
+fn cpu_time(pid: u32) -> u64 {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/schedstat")).unwrap();
+    text.split(' ').next().unwrap().parse().unwrap()
+}

@@ -1,0 +1,217 @@
+//! Commands as a person types them: bash in a folder laid out like the
+//! repository, with a `redis-cli` that takes port 6380 for the test's own. What
+//! is typed reaches the test's server alone.
+#![allow(
+    dead_code,
+    unreachable_pub,
+    reason = "each test binary uses its own part of this"
+)]
+
+use crate::support::{Server, repository};
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use tempfile::TempDir;
+
+/// The port that the guide and the README type.
+pub const TYPED_PORT: u16 = 6380;
+/// Seconds after which a command that is still running has failed.
+const LIMIT: &str = "60";
+
+/// A shell to type into.
+pub struct Terminal {
+    folder: TempDir,
+    environment: BTreeMap<String, String>,
+}
+
+/// What a command printed and how it ended.
+#[derive(Debug)]
+pub struct Outcome {
+    pub code: i32,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Outcome {
+    /// The output of a command that must have ended well.
+    #[track_caller]
+    pub fn ok(self) -> String {
+        assert_eq!(self.code, 0, "{}\n{}", self.stdout, self.stderr);
+        self.stdout
+    }
+
+    /// What a command said that must have ended with `code` and printed nothing else.
+    #[track_caller]
+    pub fn fails(self, code: i32) -> String {
+        assert_eq!(self.code, code, "{}\n{}", self.stdout, self.stderr);
+        assert_eq!(self.stdout, "");
+        assert!(!self.stderr.is_empty(), "it says nothing");
+        self.stderr
+    }
+}
+
+impl Terminal {
+    /// A shell whose `redis-cli -p 6380` and scripts reach the server, and
+    /// whose folder `account` is the server's.
+    pub fn of(server: &Server) -> Self {
+        let terminal = Self::at(server.port);
+        fs::remove_dir(terminal.folder().join("account")).unwrap();
+        symlink(server.account_dir(), terminal.folder().join("account")).unwrap();
+        terminal
+    }
+
+    /// A shell for whatever listens on a port of this machine.
+    pub fn at(port: u16) -> Self {
+        let terminal = Self {
+            folder: tempfile::tempdir().unwrap(),
+            environment: BTreeMap::new(),
+        };
+        let root = terminal.folder();
+        fs::create_dir_all(root.join("account")).unwrap();
+        for folder in ["shell", "examples"] {
+            symlink(repository().join(folder), root.join(folder)).unwrap();
+        }
+        let wrapper = format!(
+            r#"#!/bin/bash
+{{ tr '\0' ' ' </proc/$PPID/cmdline; printf '%s ' "$@"; echo; }} >>'{log}'
+for ((i = 1; i < $#; i++)); do
+  if [[ ${{!i}} == -p ]]; then
+    j=$((i + 1))
+    if [[ ${{!j}} == {TYPED_PORT} ]]; then set -- "${{@:1:i}}" {port} "${{@:j+1}}"; fi
+    break
+  fi
+done
+exec '{real}' "$@"
+"#,
+            log = terminal.log_path().display(),
+            real = program("redis-cli").display(),
+        );
+        terminal.install("redis-cli", &wrapper);
+        terminal.env("MPOOL_REDIS_PORT", &port.to_string())
+    }
+
+    /// The folder in which commands run.
+    pub fn folder(&self) -> PathBuf {
+        // Where the temporary folder is a link, scripts name what it leads to.
+        let folder = self.folder.path().canonicalize().unwrap().join("clone");
+        fs::create_dir_all(&folder).unwrap();
+        folder
+    }
+
+    /// Puts a program before all others of its name.
+    pub fn install(&self, name: &str, script: &str) {
+        let bin = self.folder.path().join("bin");
+        fs::create_dir_all(&bin).unwrap();
+        fs::write(bin.join(name), script).unwrap();
+        fs::set_permissions(bin.join(name), fs::Permissions::from_mode(0o755)).unwrap();
+    }
+
+    fn log_path(&self) -> PathBuf {
+        self.folder.path().join("command-lines")
+    }
+
+    /// Every command line that redis-cli, and the program that started it, had.
+    pub fn command_lines(&self) -> String {
+        fs::read_to_string(self.log_path()).unwrap_or_default()
+    }
+
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.environment.insert(name.to_owned(), value.to_owned());
+        self
+    }
+
+    /// Runs what was typed.
+    pub fn run(&self, typed: &str) -> Outcome {
+        let mut command = Command::new("timeout");
+        command.args(["--kill-after", "1", LIMIT, "bash", "-c", typed]);
+        let path = std::env::var("PATH").unwrap_or_default();
+        command
+            .current_dir(self.folder())
+            .stdin(Stdio::null())
+            .env_clear();
+        for kept in [
+            "HOME",
+            "LD_LIBRARY_PATH",
+            "CARGO_HOME",
+            "RUSTUP_HOME",
+            "TMPDIR",
+        ] {
+            command.envs(std::env::var_os(kept).map(|value| (kept, value)));
+        }
+        command.env(
+            "PATH",
+            format!("{}:{path}", self.folder.path().join("bin").display()),
+        );
+        command
+            .env("LC_ALL", "C.UTF-8")
+            .env("NO_PROXY", "*")
+            .envs(&self.environment);
+        let output = command.output().unwrap();
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+        Outcome {
+            code: output.status.code().unwrap_or(-1),
+            stdout: text(output.stdout),
+            stderr: text(output.stderr),
+        }
+    }
+}
+
+/// Where a program is that these tests can't do without.
+#[track_caller]
+pub fn program(name: &str) -> PathBuf {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path)
+        .map(|folder| folder.join(name))
+        .find(|file| file.is_file());
+    found
+        .unwrap_or_else(|| panic!("{name} is not installed: run `scripts/install-deps test` first"))
+}
+
+/// The text of a file of the repository.
+#[track_caller]
+pub fn text_of(path: &str) -> String {
+    let full = repository().join(path);
+    fs::read_to_string(&full).unwrap_or_else(|error| panic!("{}: {error}", full.display()))
+}
+
+/// The client key in what a script printed.
+#[track_caller]
+pub fn key_in(printed: &str) -> String {
+    let start = printed
+        .find("sk-cli-v1-")
+        .unwrap_or_else(|| panic!("no key in {printed:?}"));
+    let rest = &printed[start..];
+    let end = rest
+        .find(|c: char| !c.is_ascii_alphanumeric() && c != '-')
+        .unwrap_or(rest.len());
+    let key = &rest[..end];
+    assert_eq!(key.len(), "sk-cli-v1-".len() + 64, "{printed:?}");
+    key.to_owned()
+}
+
+/// Copies a folder with all that is in it.
+pub fn copy_folder(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy_folder(&entry.path(), &target);
+        } else {
+            fs::copy(entry.path(), target).unwrap();
+        }
+    }
+}
+
+/// Cargo's target folder: where the tests were built, and `scripts/install-deps` installs.
+pub fn repository_target() -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let target = test
+        .ancestors()
+        .find(|folder| folder.join("CACHEDIR.TAG").exists());
+    target
+        .expect("the tests are not in a target folder of cargo")
+        .to_owned()
+}
