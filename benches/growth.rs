@@ -66,7 +66,7 @@ impl Cell {
         });
         link.run(records);
         link.run((0..keys.len()).map(|n| acquire(&keys[n], n as i64 * STEP)));
-        let mut cell = Self {
+        let cell = Self {
             name,
             server,
             link,
@@ -111,20 +111,34 @@ impl Cell {
     }
 }
 
+/// Name, accounts, slots of each, keys. 20 keys fit into 10 accounts of two.
+const BY_ACCOUNTS: [(&str, usize, usize, usize); 3] = [
+    ("10 accounts", 10, 2, 20),
+    ("1,000 accounts", 1_000, 2, 1_000),
+    ("100,000 accounts", 100_000, 2, 1_000),
+];
+const BY_KEYS: [(&str, usize, usize, usize); 2] = [
+    ("1,000 keys", 1_000, 1_024, 1_000),
+    ("1,000,000 keys", 1_000, 1_024, 1_000_000),
+];
+
+/// Words on the command line choose cells by their names; none: all.
 fn main() {
-    // 20 keys fit into 10 accounts of two slots; 1,000 keys into the others.
-    let mut by_accounts = [
-        Cell::new("10 accounts", 10, 2, 20),
-        Cell::new("1,000 accounts", 1_000, 2, 1_000),
-        Cell::new("100,000 accounts", 100_000, 2, 1_000),
-    ];
-    run("accounts", &mut by_accounts);
-    drop(by_accounts);
-    let mut by_keys = [
-        Cell::new("1,000 keys", 1_000, 1_024, 1_000),
-        Cell::new("1,000,000 keys", 1_000, 1_024, 1_000_000),
-    ];
-    run("keys", &mut by_keys);
+    let words: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|word| !word.starts_with('-'))
+        .collect();
+    let chosen =
+        |name: &str| words.is_empty() || words.iter().any(|word| name.contains(word.as_str()));
+    for (what, cells) in [("accounts", &BY_ACCOUNTS[..]), ("keys", &BY_KEYS[..])] {
+        let cells = cells.iter().filter(|(name, ..)| chosen(name));
+        let mut cells: Vec<Cell> = cells
+            .map(|&(name, accounts, slots, keys)| Cell::new(name, accounts, slots, keys))
+            .collect();
+        if !cells.is_empty() {
+            run(what, &mut cells);
+        }
+    }
 }
 
 fn run(what: &str, cells: &mut [Cell]) {

@@ -99,7 +99,9 @@ pub(crate) fn enter(node: &mut Node, change: Change) {
             tier,
             name,
             credential,
-        } => node.pool.set_file(tier, &name, File::Valid(credential)),
+        } => node
+            .pool
+            .set_file(tier, &name, File::Valid(Box::new(credential))),
         Change::Invalid { tier, name, reason } => {
             let message = format!("account file {tier}/{name}.json can't be used: {reason}");
             ffi::log(RedisLogLevel::Warning, &message);

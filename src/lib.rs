@@ -12,6 +12,25 @@
 //! - [`settings`], [`info`], [`errors`]: what operators set, watch and meet
 //! - [`ffi`]: the only unsafe code
 
+#![deny(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::todo,
+    clippy::unimplemented
+)]
+// Tests may stop at the first surprise; code that runs inside Redis may not.
+#![cfg_attr(
+    test,
+    allow(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::panic
+    )
+)]
+
 mod accounts;
 mod background;
 mod commands;

@@ -1,7 +1,13 @@
 //! Many connections at once on few accounts: at no sampled moment is an account
 //! over its slots, and in the end there is nothing to repair.
 //! `MPOOL_HAMMER_SECONDS` says for how long (2).
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "a test may stop anywhere")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test may stop anywhere"
+)]
 
 mod support;
 
@@ -16,12 +22,15 @@ const ACCOUNTS: [&str; 10] = ["a0", "a1", "a2", "a3", "a4", "a5", "a6", "a7", "a
 
 #[test]
 fn slots_hold_under_many_connections() {
-    let seconds = std::env::var("MPOOL_HAMMER_SECONDS").map_or(2, |seconds| seconds.parse().unwrap());
+    let seconds =
+        std::env::var("MPOOL_HAMMER_SECONDS").map_or(2, |seconds| seconds.parse().unwrap());
     let mut server = Options::default().accounts(&ACCOUNTS).start();
     let (clock, over) = (AtomicI64::new(1000), AtomicBool::new(false));
     let (counts, samples) = std::thread::scope(|scope| {
         let (server, clock, over) = (&server, &clock, &over);
-        let workers: Vec<_> = (0..CONNECTIONS).map(|seed| scope.spawn(move || hammer(server.connect(), seed, clock, over))).collect();
+        let workers: Vec<_> = (0..CONNECTIONS)
+            .map(|seed| scope.spawn(move || hammer(server.connect(), seed, clock, over)))
+            .collect();
         let sampler = scope.spawn(move || sample(server.connect(), over));
         std::thread::sleep(Duration::from_secs(seconds));
         over.store(true, Ordering::Relaxed);
@@ -35,8 +44,13 @@ fn slots_hold_under_many_connections() {
     });
     println!("{seconds} s, {CONNECTIONS} connections, {samples} samples: {counts:?}");
     // Everything must have happened, or it was no test.
-    for what in ["assigned", "current", "rotated", "POOLFULL", "released", "revoked"] {
-        assert!(counts.get(what).is_some_and(|&count| count > 0), "{what} never happened: {counts:?}");
+    for what in [
+        "assigned", "current", "rotated", "POOLFULL", "released", "revoked",
+    ] {
+        assert!(
+            counts.get(what).is_some_and(|&count| count > 0),
+            "{what} never happened: {counts:?}"
+        );
     }
     assert!(samples > 0);
     let mut client = server.connect();
@@ -46,7 +60,12 @@ fn slots_hold_under_many_connections() {
 }
 
 /// One connection's work with a key of its own; answers what came of it.
-fn hammer(mut client: Client, seed: u64, clock: &AtomicI64, over: &AtomicBool) -> BTreeMap<String, u64> {
+fn hammer(
+    mut client: Client,
+    seed: u64,
+    clock: &AtomicI64,
+    over: &AtomicBool,
+) -> BTreeMap<String, u64> {
     let mut rng = SmallRng::seed_from_u64(seed);
     let mut counts = BTreeMap::<String, u64>::new();
     let mut key = client.pool_key();

@@ -1,6 +1,12 @@
 //! Changes by hand to each kind of key of the pool: the next command behaves
 //! rightly, the counters agree with the leases, and REPAIR finds nothing.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "a test may stop anywhere")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test may stop anywhere"
+)]
 
 mod support;
 
@@ -34,18 +40,30 @@ struct Scene {
 
 impl Scene {
     fn new() -> Self {
-        let server = Options::default().accounts(&["one", "two"]).file("high/h", &bearer("h")).start();
+        let server = Options::default()
+            .accounts(&["one", "two"])
+            .file("high/h", &bearer("h"))
+            .start();
         let mut client = server.connect();
         let (k, j, n) = (client.pool_key(), client.pool_key(), client.pool_key());
         let a = client.acquire(&k, NOW).account;
         let b = client.acquire(&j, NOW).account;
         assert_ne!(a, b);
         let words = vec![("{k}", k), ("{j}", j), ("{n}", n), ("{a}", a), ("{b}", b)];
-        Self { server, client, words }
+        Self {
+            server,
+            client,
+            words,
+        }
     }
 
     fn word(&self, name: &str) -> String {
-        self.words.iter().find(|(word, _)| *word == name).unwrap().1.clone()
+        self.words
+            .iter()
+            .find(|(word, _)| *word == name)
+            .unwrap()
+            .1
+            .clone()
     }
 
     /// Runs a line of words in which names in braces stand for the scene's.
@@ -60,21 +78,34 @@ impl Scene {
 
     #[track_caller]
     fn check(&mut self, key: &str, now: i64, then: Then, what: &str) {
-        let (name, held) = (self.word(key), self.word(if key == "{j}" { "{b}" } else { "{a}" }));
+        let (name, held) = (
+            self.word(key),
+            self.word(if key == "{j}" { "{b}" } else { "{a}" }),
+        );
         let outcome = self.client.try_acquire(&name, now);
         match then {
             Current => {
                 let lease = outcome.unwrap_or_else(|error| panic!("{what}: {error}"));
-                assert_eq!((lease.state.as_str(), lease.account), ("current", held), "{what}");
+                assert_eq!(
+                    (lease.state.as_str(), lease.account),
+                    ("current", held),
+                    "{what}"
+                );
             }
-            State(state) => assert_eq!(outcome.map(|lease| lease.state).as_deref(), Ok(state), "{what}"),
+            State(state) => assert_eq!(
+                outcome.map(|lease| lease.state).as_deref(),
+                Ok(state),
+                "{what}"
+            ),
             Other(state) => {
                 let lease = outcome.unwrap_or_else(|error| panic!("{what}: {error}"));
                 assert_eq!(lease.state, state, "{what}");
                 assert_ne!(lease.account, held, "{what}");
             }
             Error(code) => {
-                let error = outcome.err().unwrap_or_else(|| panic!("{what}: not refused"));
+                let error = outcome
+                    .err()
+                    .unwrap_or_else(|| panic!("{what}: not refused"));
                 assert_eq!(error.split(' ').next(), Some(code), "{what}: {error}");
             }
         }
@@ -96,29 +127,48 @@ fn check_table(table: &[(&str, Then)]) {
 
 #[test]
 fn changes_of_a_keys_record() {
-    check_table(&[
-        ("DEL client_keys:{k}", Error("NOKEY")),
-        ("UNLINK client_keys:{k}", Error("NOKEY")),
-        ("MOVE client_keys:{k} 1", Error("NOKEY")),
-        ("RENAME client_keys:{k} client_keys:other", Error("NOKEY")),
-        ("HSET client_keys:{k} active false", Error("REVOKED")),
-        ("HSET client_keys:{k} active perhaps", Error("ERR")),
-        ("HSET client_keys:{k} expires_at 1000", Error("EXPIRED")),
-        ("HSET client_keys:{k} expires_at never", Error("ERR")),
-        ("HDEL client_keys:{k} expires_at", Current),
-        ("HDEL client_keys:{k} active", Current),
-        ("HSET client_keys:{k} tier gold", Error("ERR")),
-        ("HDEL client_keys:{k} tier", Error("ERR")),
-        ("HSET client_keys:{k} tier high", Error("ERR")),
-        ("HSET client_keys:{k} tier high account_name h use_pool false", State("bound")),
-        ("HSET client_keys:{k} use_pool false account_name {b}", State("bound")),
-        ("HSET client_keys:{k} use_pool maybe", Error("ERR")),
-        ("HSET client_keys:{k} name a-label", Current),
-        ("SET client_keys:{k} text", Error("ERR")),
-        ("DEL client_keys:{k}; RPUSH client_keys:{k} text", Error("ERR")),
-        // Gone and back in one go: the lease went with the record.
-        ("HSET client_keys:{k} active false; HSET client_keys:{k} active true", State("any")),
-    ].map(|(line, then)| (line, then)).iter().filter(|(_, then)| !matches!(then, State("any"))).copied().collect::<Vec<_>>());
+    check_table(
+        &[
+            ("DEL client_keys:{k}", Error("NOKEY")),
+            ("UNLINK client_keys:{k}", Error("NOKEY")),
+            ("MOVE client_keys:{k} 1", Error("NOKEY")),
+            ("RENAME client_keys:{k} client_keys:other", Error("NOKEY")),
+            ("HSET client_keys:{k} active false", Error("REVOKED")),
+            ("HSET client_keys:{k} active perhaps", Error("ERR")),
+            ("HSET client_keys:{k} expires_at 1000", Error("EXPIRED")),
+            ("HSET client_keys:{k} expires_at never", Error("ERR")),
+            ("HDEL client_keys:{k} expires_at", Current),
+            ("HDEL client_keys:{k} active", Current),
+            ("HSET client_keys:{k} tier gold", Error("ERR")),
+            ("HDEL client_keys:{k} tier", Error("ERR")),
+            ("HSET client_keys:{k} tier high", Error("ERR")),
+            (
+                "HSET client_keys:{k} tier high account_name h use_pool false",
+                State("bound"),
+            ),
+            (
+                "HSET client_keys:{k} use_pool false account_name {b}",
+                State("bound"),
+            ),
+            ("HSET client_keys:{k} use_pool maybe", Error("ERR")),
+            ("HSET client_keys:{k} name a-label", Current),
+            ("SET client_keys:{k} text", Error("ERR")),
+            (
+                "MULTI; DEL client_keys:{k}; RPUSH client_keys:{k} text; EXEC",
+                Error("ERR"),
+            ),
+            // Gone and back in one go: the lease went with the record.
+            (
+                "HSET client_keys:{k} active false; HSET client_keys:{k} active true",
+                State("any"),
+            ),
+        ]
+        .map(|(line, then)| (line, then))
+        .iter()
+        .filter(|(_, then)| !matches!(then, State("any")))
+        .copied()
+        .collect::<Vec<_>>(),
+    );
 }
 
 #[test]
@@ -135,11 +185,23 @@ fn changes_of_a_lease() {
         ("HDEL key_rotation:{k} next_rotation", State("rotated")),
         ("HDEL key_rotation:{k} last_rotation", Current),
         ("HSET key_rotation:{k} previous_account no/name", Current),
-        ("DEL key_rotation:{k}; SET key_rotation:{k} text", Error("WRONGTYPE")),
-        ("RENAME key_rotation:{k} key_rotation:{n}", State("assigned")),
-        ("RENAME key_rotation:{k} key_rotation:{j}", State("assigned")),
+        (
+            "MULTI; DEL key_rotation:{k}; SET key_rotation:{k} text; EXEC",
+            Error("WRONGTYPE"),
+        ),
+        (
+            "RENAME key_rotation:{k} key_rotation:{n}",
+            State("assigned"),
+        ),
+        (
+            "RENAME key_rotation:{k} key_rotation:{j}",
+            State("assigned"),
+        ),
         ("COPY key_rotation:{k} key_rotation:{n}", Current),
-        ("RENAME key_rotation:{k} key_rotation:nobody", State("assigned")),
+        (
+            "RENAME key_rotation:{k} key_rotation:nobody",
+            State("assigned"),
+        ),
     ]);
 }
 
@@ -153,13 +215,25 @@ fn changes_of_a_counter() {
         ("SET medium_pool:slots:{a} 01", Current),
         ("INCR medium_pool:slots:{a}", Current),
         ("DEL medium_pool:slots:{a}", Current),
-        ("DEL medium_pool:slots:{a}; RPUSH medium_pool:slots:{a} x", Current),
-        ("RENAME medium_pool:slots:{a} medium_pool:slots:{b}", Current),
-        ("RENAME medium_pool:slots:{a} medium_pool:slots:nowhere", Current),
+        (
+            "MULTI; DEL medium_pool:slots:{a}; RPUSH medium_pool:slots:{a} x; EXEC",
+            Current,
+        ),
+        (
+            "RENAME medium_pool:slots:{a} medium_pool:slots:{b}",
+            Current,
+        ),
+        (
+            "RENAME medium_pool:slots:{a} medium_pool:slots:nowhere",
+            Current,
+        ),
         ("SET medium_pool:slots:nowhere 1", Current),
         ("SET high_pool:slots:nowhere 1", Current),
         ("MOVE medium_pool:slots:{a} 1", Current),
-        ("SET medium_pool:slots:{a} 2; SET medium_pool:slots:{b} 2", Current),
+        (
+            "SET medium_pool:slots:{a} 2; SET medium_pool:slots:{b} 2",
+            Current,
+        ),
     ]);
     // The counter of an account that isn't there goes.
     let mut scene = Scene::new();
@@ -171,7 +245,10 @@ fn changes_of_a_counter() {
 #[test]
 fn changes_of_a_cooldown() {
     check_table(&[
-        ("SET medium_pool:cooldown:{a} 1855266400000", Other("failover")),
+        (
+            "SET medium_pool:cooldown:{a} 1855266400000",
+            Other("failover"),
+        ),
         ("SET medium_pool:cooldown:{a} 1000", Current),
         ("SET medium_pool:cooldown:{a} long", Current),
         ("SET medium_pool:cooldown:{a} -1", Current),
@@ -179,15 +256,23 @@ fn changes_of_a_cooldown() {
         ("SET medium_pool:cooldown_reason:{a} text", Current),
         ("RPUSH medium_pool:cooldown_reason:{a} text", Current),
         ("SET medium_pool:cooldown:nowhere 1855266400000", Current),
-        ("MPOOL.COOLDOWN medium {a} 1755266400000 5000; DEL medium_pool:cooldown:{a}", State("failover")),
+        (
+            "MPOOL.COOLDOWN medium {a} 1755266400000 5000; DEL medium_pool:cooldown:{a}",
+            State("failover"),
+        ),
     ]);
     let mut scene = Scene::new();
     scene.run("SET medium_pool:cooldown:{a} 1855266400000 PX 20");
     scene.check("{k}", NOW + 1, Other("failover"), "a cooldown by hand");
     let a = scene.word("{a}");
     let key = format!("medium_pool:cooldown:{a}");
-    wait_for("the cooldown's expiry", || (!scene.client.run::<bool>(&["EXISTS", &key])).then_some(()));
-    assert_eq!(scene.client.state(&a, NOW + 2).as_deref(), Some("available"));
+    wait_for("the cooldown's expiry", || {
+        (!scene.client.run::<bool>(&["EXISTS", &key])).then_some(())
+    });
+    assert_eq!(
+        scene.client.state(&a, NOW + 2).as_deref(),
+        Some("available")
+    );
 }
 
 #[test]
@@ -208,8 +293,16 @@ fn a_lease_moved_by_hand_is_the_new_keys() {
     let (k, n, a) = (scene.word("{k}"), scene.word("{n}"), scene.word("{a}"));
     scene.run("RENAME key_rotation:{k} key_rotation:{n}");
     let lease = scene.client.acquire(&n, NOW + 1);
-    assert_eq!((lease.state.as_str(), lease.account, lease.next), ("current", a, Some(NOW + DAY)));
-    scene.check("{k}", NOW + 1, State("assigned"), "the former holder starts afresh");
+    assert_eq!(
+        (lease.state.as_str(), lease.account, lease.next),
+        ("current", a, Some(NOW + DAY))
+    );
+    scene.check(
+        "{k}",
+        NOW + 1,
+        State("assigned"),
+        "the former holder starts afresh",
+    );
     assert!(scene.client.holds(&k).is_some());
 }
 
@@ -246,7 +339,13 @@ fn a_record_copied_by_hand_is_a_key() {
     assert_eq!(scene.client.acquire("copy", NOW + 1).state, "assigned");
     scene.run("RENAME client_keys:copy client_keys:renamed");
     assert_eq!(scene.client.acquire("renamed", NOW + 1).state, "assigned");
-    assert!(scene.client.try_acquire("copy", NOW + 1).unwrap_err().starts_with("NOKEY"));
+    assert!(
+        scene
+            .client
+            .try_acquire("copy", NOW + 1)
+            .unwrap_err()
+            .starts_with("NOKEY")
+    );
     scene.check("{k}", NOW + 1, Current, "the original stays");
 }
 
@@ -258,7 +357,8 @@ fn a_record_that_expires_takes_its_lease_along() {
     scene.run("PEXPIRE key_rotation:{j} 20");
     // No command of the pool meanwhile: what is due comes by itself.
     wait_for("the slots to be given up", || {
-        (scene.client.slots(&a) == Some(0) && scene.client.slots(&scene.word("{b}")) == Some(0)).then_some(())
+        (scene.client.slots(&a) == Some(0) && scene.client.slots(&scene.word("{b}")) == Some(0))
+            .then_some(())
     });
     assert_eq!(scene.client.holds(&k), None);
     scene.check("{k}", NOW + 1, Error("NOKEY"), "an expired record");
@@ -269,9 +369,15 @@ fn a_record_that_expires_takes_its_lease_along() {
 fn a_change_by_hand_is_put_right_without_a_command_too() {
     let mut scene = Scene::new();
     let a = scene.word("{a}");
-    for line in ["SET medium_pool:slots:{a} 7", "DEL medium_pool:slots:{a}", "INCR medium_pool:slots:{a}"] {
+    for line in [
+        "SET medium_pool:slots:{a} 7",
+        "DEL medium_pool:slots:{a}",
+        "INCR medium_pool:slots:{a}",
+    ] {
         scene.run(line);
-        wait_for("the counter to be right", || (scene.client.slots(&a) == Some(1)).then_some(()));
+        wait_for("the counter to be right", || {
+            (scene.client.slots(&a) == Some(1)).then_some(())
+        });
     }
 }
 
@@ -282,7 +388,9 @@ fn flushes_and_swaps_of_databases() {
         scene.run(line);
         scene.check("{k}", NOW + 1, Error("NOKEY"), line);
         for account in ["one", "two"] {
-            wait_for("the counters to come back", || (scene.client.slots(account) == Some(0)).then_some(()));
+            wait_for("the counters to come back", || {
+                (scene.client.slots(account) == Some(0)).then_some(())
+            });
         }
         let key = scene.client.pool_key();
         assert_eq!(scene.client.acquire(&key, NOW).state, "assigned", "{line}");
@@ -293,12 +401,23 @@ fn flushes_and_swaps_of_databases() {
     }
     scene.check("{k}", NOW + 1, Current, "another database was flushed");
     scene.run("SWAPDB 0 1");
-    scene.check("{k}", NOW + 1, Error("NOKEY"), "an empty database was swapped in");
+    scene.check(
+        "{k}",
+        NOW + 1,
+        Error("NOKEY"),
+        "an empty database was swapped in",
+    );
     let key = scene.client.pool_key();
     assert_eq!(scene.client.acquire(&key, NOW + 1).state, "assigned");
     scene.run("SWAPDB 1 0");
     scene.check("{k}", NOW + 1, Current, "the database is back");
-    assert!(scene.client.try_acquire(&key, NOW + 1).unwrap_err().starts_with("NOKEY"));
+    assert!(
+        scene
+            .client
+            .try_acquire(&key, NOW + 1)
+            .unwrap_err()
+            .starts_with("NOKEY")
+    );
     scene.run("SWAPDB 1 2");
     scene.check("{k}", NOW + 1, Current, "other databases were swapped");
 }
@@ -312,7 +431,12 @@ fn moving_keys_between_databases() {
     scene.run("SELECT 1");
     scene.run("MOVE client_keys:{k} 0");
     scene.run("SELECT 0");
-    scene.check("{k}", NOW + 1, State("assigned"), "the record is back, its lease was forgotten");
+    scene.check(
+        "{k}",
+        NOW + 1,
+        State("assigned"),
+        "the record is back, its lease was forgotten",
+    );
     // The lease comes back from the other database, with its old end.
     let j = scene.word("{j}");
     scene.run("SELECT 1");
@@ -325,7 +449,11 @@ fn moving_keys_between_databases() {
 #[test]
 fn reloading_and_restoring() {
     let mut scene = Scene::new();
-    for line in ["DEBUG RELOAD", "DEBUG RELOAD NOSAVE", "DEBUG SET-ACTIVE-EXPIRE 1"] {
+    for line in [
+        "DEBUG RELOAD",
+        "DEBUG RELOAD NOSAVE",
+        "DEBUG SET-ACTIVE-EXPIRE 1",
+    ] {
         scene.run(line);
         scene.check("{k}", NOW + 1, Current, line);
         scene.check("{j}", NOW + 1, Current, line);
@@ -334,29 +462,58 @@ fn reloading_and_restoring() {
     for kind in ["client_keys", "key_rotation"] {
         let name = format!("{kind}:{k}");
         let dump: Vec<u8> = scene.client.run(&["DUMP", &name]);
-        scene.client.ok(&["DEL", &name]);
-        scene.client.try_bytes::<redis::Value>(&[b"RESTORE", name.as_bytes(), b"0", &dump]).unwrap();
-        if kind == "key_rotation" {
-            scene.check("{k}", NOW + 1, Current, "a lease was restored");
-        }
+        // In one transaction: what is gone for longer may be acted upon.
+        let mut pipe = redis::pipe();
+        pipe.atomic();
+        pipe.cmd("DEL").arg(&name).ignore();
+        pipe.cmd("RESTORE").arg(&name).arg(0).arg(&dump).ignore();
+        pipe.exec(&mut scene.client.connection).unwrap();
+        scene.check("{k}", NOW + 1, Current, kind);
     }
     let slots = format!("medium_pool:slots:{a}");
     let dump: Vec<u8> = scene.client.run(&["DUMP", &slots]);
-    scene.client.try_bytes::<redis::Value>(&[b"RESTORE", b"medium_pool:slots:nowhere", b"0", &dump]).unwrap();
-    scene.check("{k}", NOW + 1, State("assigned"), "counters restored under another name")
+    scene
+        .client
+        .try_bytes::<redis::Value>(&[b"RESTORE", b"medium_pool:slots:nowhere", b"0", &dump])
+        .unwrap();
+    scene.check(
+        "{k}",
+        NOW + 1,
+        Current,
+        "a counter restored under another name",
+    );
+    assert_eq!(scene.client.slots("nowhere"), None);
 }
 
 #[test]
 fn several_changes_in_one_transaction() {
     let mut scene = Scene::new();
-    let (k, j, a, b) = (scene.word("{k}"), scene.word("{j}"), scene.word("{a}"), scene.word("{b}"));
+    let (k, j, a, b) = (
+        scene.word("{k}"),
+        scene.word("{j}"),
+        scene.word("{a}"),
+        scene.word("{b}"),
+    );
     let mut pipe = redis::pipe();
     pipe.atomic();
     // The two holders swap accounts, and the counters lie.
-    pipe.cmd("HSET").arg(format!("key_rotation:{k}")).arg("account").arg(&b).ignore();
-    pipe.cmd("HSET").arg(format!("key_rotation:{j}")).arg("account").arg(&a).ignore();
-    pipe.cmd("SET").arg(format!("medium_pool:slots:{a}")).arg(2).ignore();
-    pipe.cmd("DEL").arg(format!("medium_pool:slots:{b}")).ignore();
+    pipe.cmd("HSET")
+        .arg(format!("key_rotation:{k}"))
+        .arg("account")
+        .arg(&b)
+        .ignore();
+    pipe.cmd("HSET")
+        .arg(format!("key_rotation:{j}"))
+        .arg("account")
+        .arg(&a)
+        .ignore();
+    pipe.cmd("SET")
+        .arg(format!("medium_pool:slots:{a}"))
+        .arg(2)
+        .ignore();
+    pipe.cmd("DEL")
+        .arg(format!("medium_pool:slots:{b}"))
+        .ignore();
     pipe.exec(&mut scene.client.connection).unwrap();
     let lease = scene.client.acquire(&k, NOW + 1);
     assert_eq!((lease.state.as_str(), lease.account), ("current", b));
@@ -372,7 +529,11 @@ fn the_guides_queries_work_as_printed() {
     let port = scene.server.port;
     let shell = |line: &str| {
         let line = line.replace("-p 6380", &format!("-p {port}"));
-        let output = std::process::Command::new("sh").arg("-c").arg(&line).output().unwrap();
+        let output = std::process::Command::new("sh")
+            .arg("-c")
+            .arg(&line)
+            .output()
+            .unwrap();
         assert!(output.status.success(), "{line}");
         String::from_utf8(output.stdout).unwrap()
     };
@@ -385,11 +546,22 @@ fn the_guides_queries_work_as_printed() {
     );
     let mut lines: Vec<&str> = all.lines().collect();
     lines.sort_unstable();
-    assert_eq!(lines, ["medium_pool:slots:one: 1", "medium_pool:slots:two: 1"]);
+    assert_eq!(
+        lines,
+        ["medium_pool:slots:one: 1", "medium_pool:slots:two: 1"]
+    );
     scene.client.acquire(&k, NOW + DAY);
     let rotation = shell(&format!(r#"redis-cli -p 6380 hgetall "key_rotation:{k}""#));
-    for expected in ["account", "next_rotation", "last_rotation", "previous_account"] {
-        assert!(rotation.lines().any(|line| line == expected), "{expected}: {rotation}");
+    for expected in [
+        "account",
+        "next_rotation",
+        "last_rotation",
+        "previous_account",
+    ] {
+        assert!(
+            rotation.lines().any(|line| line == expected),
+            "{expected}: {rotation}"
+        );
     }
     for expected in [(NOW + DAY).to_string(), (NOW + 2 * DAY).to_string(), a] {
         assert!(rotation.contains(&expected), "{expected}: {rotation}");

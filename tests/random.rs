@@ -2,7 +2,13 @@
 //! times that jump back and forth: after each step the keyspace agrees with
 //! itself, and a rebuild of the view finds nothing different.
 //! `MPOOL_SEED` repeats a run, `MPOOL_STEPS` makes it longer.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "a test may stop anywhere")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test may stop anywhere"
+)]
 
 mod support;
 
@@ -47,9 +53,20 @@ impl Run {
             }
             Err(error) => {
                 let code = error.code().unwrap_or_default().to_owned();
-                let known = ["NOKEY", "REVOKED", "EXPIRED", "POOLFULL", "NOACCOUNT", "ERR", "WRONGTYPE"];
+                let known = [
+                    "NOKEY",
+                    "REVOKED",
+                    "EXPIRED",
+                    "POOLFULL",
+                    "NOACCOUNT",
+                    "ERR",
+                    "WRONGTYPE",
+                ];
                 assert!(known.contains(&code.as_str()), "{words:?}: {error}");
-                assert!(!error.to_string().contains("internal error"), "{words:?}: {error}");
+                assert!(
+                    !error.to_string().contains("internal error"),
+                    "{words:?}: {error}"
+                );
                 *self.counts.entry(code).or_default() += 1;
                 None
             }
@@ -63,7 +80,8 @@ impl Run {
         match self.rng.random_range(0..100) {
             0..40 => {
                 if let Some(lease) = self.go(&["MPOOL.ACQUIRE", &key, &now]) {
-                    let lease: BTreeMap<String, Value> = redis::from_redis_value_ref(&lease).unwrap();
+                    let lease: BTreeMap<String, Value> =
+                        redis::from_redis_value_ref(&lease).unwrap();
                     *self.counts.entry(text(&lease["state"])).or_default() += 1;
                 }
             }
@@ -81,9 +99,16 @@ impl Run {
             }
             57..60 => {
                 let tier = self.pick(&TIERS);
-                let target = if tier == "medium" && self.rng.random_bool(0.5) { "POOL" } else { account };
-                if let Some(reply) = self.go(&["MPOOL.KEYGEN", tier, target, "DAYS", "3", "NOW", &now]) {
-                    let reply: BTreeMap<String, Value> = redis::from_redis_value_ref(&reply).unwrap();
+                let target = if tier == "medium" && self.rng.random_bool(0.5) {
+                    "POOL"
+                } else {
+                    account
+                };
+                if let Some(reply) =
+                    self.go(&["MPOOL.KEYGEN", tier, target, "DAYS", "3", "NOW", &now])
+                {
+                    let reply: BTreeMap<String, Value> =
+                        redis::from_redis_value_ref(&reply).unwrap();
                     let at = self.rng.random_range(0..self.keys.len());
                     self.keys[at] = text(&reply["key"]);
                 }
@@ -112,7 +137,10 @@ impl Run {
     fn change_files(&mut self, account: &str) {
         let tier = self.pick(&TIERS);
         let name = format!("{tier}/{account}");
-        let end = format!(r#"{{"access_token": "t", "expires_at": {}}}"#, (self.now + DAY / 2).max(100_000_000_000));
+        let end = format!(
+            r#"{{"access_token": "t", "expires_at": {}}}"#,
+            (self.now + DAY / 2).max(100_000_000_000)
+        );
         let content = self.pick(&["", "gone", "{", r#"{"api_key": "k"}"#, end.as_str()]);
         self.trace.push(format!("file {name}: {content}"));
         match content {
@@ -125,7 +153,10 @@ impl Run {
     fn change_by_hand(&mut self, key: &str, account: &str) {
         let (record, lease) = (format!("client_keys:{key}"), format!("key_rotation:{key}"));
         let other = format!("key_rotation:{}", self.key());
-        let (slots, cooldown) = (format!("medium_pool:slots:{account}"), format!("medium_pool:cooldown:{account}"));
+        let (slots, cooldown) = (
+            format!("medium_pool:slots:{account}"),
+            format!("medium_pool:cooldown:{account}"),
+        );
         let until = (self.now + DAY / 3).to_string();
         match self.rng.random_range(0..24) {
             0 => self.go(&["DEL", &lease]),
@@ -149,10 +180,19 @@ impl Run {
             18 => self.go(&["HSET", &record, "active", "true"]),
             19 => self.go(&["HSET", &record, "expires_at", &until]),
             20 => self.go(&["HSET", &record, "use_pool", "true", "tier", "medium"]),
-            21 => self.go(&["HSET", &record, "use_pool", "false", "account_name", account]),
+            21 => self.go(&[
+                "HSET",
+                &record,
+                "use_pool",
+                "false",
+                "account_name",
+                account,
+            ]),
             22 => {
                 let set = self.go(&["PEXPIRE", &lease, "1"]);
-                wait_for("the lease to expire", || (!self.client.run::<bool>(&["EXISTS", &lease])).then_some(()));
+                wait_for("the lease to expire", || {
+                    (!self.client.run::<bool>(&["EXISTS", &lease])).then_some(())
+                });
                 set
             }
             _ => {
@@ -173,7 +213,15 @@ fn any_sequence_leaves_a_pool_that_agrees_with_itself() {
     let mut replica = Options::default().replica_of(&server).start();
     let mut client = server.connect();
     let keys = (0..15).map(|_| client.pool_key()).collect();
-    let mut run = Run { server, client, rng: seeded(), keys, now: 1_755_266_400_000, counts: BTreeMap::new(), trace: Vec::new() };
+    let mut run = Run {
+        server,
+        client,
+        rng: seeded(),
+        keys,
+        now: 1_755_266_400_000,
+        counts: BTreeMap::new(),
+        trace: Vec::new(),
+    };
     for step in 0..steps {
         run.step();
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
@@ -184,13 +232,32 @@ fn any_sequence_leaves_a_pool_that_agrees_with_itself() {
         }));
         if let Err(failure) = outcome {
             let from = run.trace.len().saturating_sub(15);
-            println!("step {step}; {:?}; the last commands: {:#?}", run.client.broken_invariant(2), &run.trace[from..]);
+            println!(
+                "step {step}; {:?}; the last commands: {:#?}",
+                run.client.broken_invariant(2),
+                &run.trace[from..]
+            );
             std::panic::resume_unwind(failure);
         }
     }
     println!("{:?}", run.counts);
-    for what in ["assigned", "current", "rotated", "failover", "bound", "POOLFULL", "NOACCOUNT", "REVOKED", "EXPIRED", "NOKEY"] {
-        assert!(run.counts.contains_key(what) || steps < 1000, "{what} never happened: {:?}", run.counts);
+    for what in [
+        "assigned",
+        "current",
+        "rotated",
+        "failover",
+        "bound",
+        "POOLFULL",
+        "NOACCOUNT",
+        "REVOKED",
+        "EXPIRED",
+        "NOKEY",
+    ] {
+        assert!(
+            run.counts.contains_key(what) || steps < 1000,
+            "{what} never happened: {:?}",
+            run.counts
+        );
     }
     wait_for_same(&mut run.client, &mut replica.connect());
     assert!(run.server.is_alive() && replica.is_alive());

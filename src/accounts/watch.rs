@@ -54,7 +54,7 @@ pub(crate) trait Sink: Send + 'static {
     /// left out, except those that [`Watcher::rescan`] and
     /// [`Watcher::set_root`] ask for.
     fn apply(&mut self, scan: Scan);
-    /// Does pending work; called after [`Watcher::wake`], and again every
+    /// Does pending work; called after [`Watcher::wake`] and `apply`, and again every
     /// 100 ms for as long as it returns true.
     fn settle(&mut self) -> bool;
     /// Tells the operator. The message holds nothing of a file's content.
@@ -425,7 +425,7 @@ impl<S: Sink> Worker<S> {
         {
             self.apply(scan);
         }
-        if self.settle_at.is_some_and(|due| due <= now) {
+        if self.settle_at.is_some_and(|due| due <= Instant::now()) {
             self.settle_at = None;
             let mut again = false;
             if !guarded(|| again = self.sink.settle()) {
@@ -469,6 +469,8 @@ impl<S: Sink> Worker<S> {
         if !guarded(|| self.sink.apply(scan)) {
             self.warn("an internal error while applying account changes");
         }
+        // What could not be put right at once is tried again.
+        self.settle_at = Some(Instant::now());
     }
 
     fn warn(&mut self, message: &str) {

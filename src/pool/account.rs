@@ -1,7 +1,9 @@
 //! One account as the pool sees it.
 
+use super::text::Text;
 use super::{KeyId, Tier};
 use crate::accounts::Credential;
+use smallvec::SmallVec;
 use std::num::NonZeroU32;
 
 /// A number for an account of the view; good until the account is dropped.
@@ -34,7 +36,7 @@ pub(crate) enum File {
     /// on, but it isn't lent anew.
     Unknown,
     /// The file is there and good.
-    Valid(Credential),
+    Valid(Box<Credential>),
     /// The file is there and can't be used, for this reason.
     Invalid(&'static str),
     /// There is no such file: the account isn't in the pool.
@@ -91,37 +93,52 @@ impl Class {
 #[derive(Debug)]
 pub(super) struct Account {
     pub(super) tier: Tier,
-    pub(super) name: Box<str>,
+    pub(super) name: Text<24>,
     pub(super) file: File,
+    /// Unix ms from which on a good file's token is worth nothing; `i64::MAX`:
+    /// it has no end. Here because every choice looks at it.
+    pub(super) token_end: i64,
     pub(super) cooldown: Cooldown,
-    /// The keys that hold a slot, in the order in which they took it.
-    pub(super) holders: Vec<KeyId>,
+    /// The keys that hold a slot, in no order.
+    pub(super) holders: SmallVec<[KeyId; 4]>,
     pub(super) stored: Stored,
     /// Keys that name the account without holding a slot of it: as the one
     /// they are bound to or had before. The account stays while there are any.
     pub(super) refs: u32,
     /// The class at the pool's horizon, as the indexes have it.
     pub(super) class: Class,
-    /// Where it stands among the lendable accounts with a free slot.
-    pub(super) bucket: Option<(u32, u32)>,
+    /// Whether it stands among the lendable accounts with a free slot, in the
+    /// bucket of as many slots in use as it has holders.
+    pub(super) in_bucket: bool,
     /// Whether it is in the pool's backlog.
     pub(super) queued: bool,
 }
 
 impl Account {
     pub(super) fn new(tier: Tier, name: &str, file: File) -> Self {
-        Self {
+        let mut account = Self {
             tier,
             name: name.into(),
-            file,
+            file: File::Unknown,
+            token_end: i64::MAX,
             cooldown: Cooldown::default(),
-            holders: Vec::new(),
+            holders: SmallVec::new(),
             stored: Stored::Absent,
             refs: 0,
             class: Class::Absent,
-            bucket: None,
+            in_bucket: false,
             queued: false,
-        }
+        };
+        account.set_file(file);
+        account
+    }
+
+    pub(super) fn set_file(&mut self, file: File) {
+        self.token_end = match &file {
+            File::Valid(credential) => credential.expires_at.unwrap_or(i64::MAX),
+            File::Unknown | File::Invalid(_) | File::Absent => i64::MAX,
+        };
+        self.file = file;
     }
 
     /// Slots in use.
@@ -134,9 +151,7 @@ impl Account {
             File::Unknown => Class::Unknown,
             File::Absent => Class::Absent,
             File::Invalid(_) => Class::Invalid,
-            File::Valid(credential) if credential.expires_at.is_some_and(|end| end <= now) => {
-                Class::Expired
-            }
+            File::Valid(_) if self.token_end <= now => Class::Expired,
             File::Valid(_) if self.cooldown.is_set() && self.cooldown.until > now => Class::Cooling,
             File::Valid(_) => Class::Lendable,
         }

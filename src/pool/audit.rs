@@ -32,6 +32,7 @@ impl Pool {
         let mut tiers: [TierIndex; 3] = std::array::from_fn(|_| TierIndex::new(self.capacity));
         for (slot, account) in &self.accounts {
             let id = AccountId::new(slot).unwrap();
+            let name: &str = &account.name;
             assert_eq!(
                 self.find_account(account.tier, &account.name),
                 Some(id),
@@ -46,20 +47,17 @@ impl Pool {
             assert_eq!(
                 held,
                 holders.remove(&id).unwrap_or_default(),
-                "holders of {}",
-                account.name
+                "holders of {name}"
             );
             assert_eq!(
                 account.refs,
                 refs.remove(&id).unwrap_or(0),
-                "refs of {}",
-                account.name
+                "refs of {name}"
             );
             assert_eq!(
                 account.class,
                 account.class_at(self.horizon),
-                "class of {}",
-                account.name
+                "class of {name}"
             );
             assert!(
                 !account.is_idle(),
@@ -81,24 +79,18 @@ impl Pool {
             }
             let used = account.holders.len();
             let lendable = account.class == Class::Lendable && used < self.capacity as usize;
-            assert_eq!(
-                account.bucket.is_some(),
-                lendable,
-                "bucket of {}",
-                account.name
-            );
-            if let Some((bucket, place)) = account.bucket {
-                assert_eq!(bucket as usize, used);
-                let found = self.tier(account.tier).buckets[used].get(place as usize);
-                assert_eq!(found, Some(&id), "place of {}", account.name);
+            assert_eq!(account.in_bucket, lendable, "bucket of {name}");
+            if lendable {
+                let place = self.places[id.slot()] as usize;
+                let found = self.tier(account.tier).buckets[used].get(place);
+                assert_eq!(found, Some(&id), "place of {name}");
                 index.buckets[used].push(id);
             }
+            for (seat, key) in account.holders.iter().enumerate() {
+                assert_eq!(self.seats[key.slot()] as usize, seat, "a seat at {name}");
+            }
             let off = self.account_is_off(id);
-            assert!(
-                !off || account.queued,
-                "{} is off and nobody knows",
-                account.name
-            );
+            assert!(!off || account.queued, "{name} is off and nobody knows");
         }
         assert!(
             holders.is_empty() && refs.is_empty(),

@@ -80,11 +80,10 @@ pub(crate) struct Freed {
     pub(crate) effects: Vec<Effect>,
 }
 
-/// A lease taken away to see what would follow, and what brings it back.
+/// A lease taken away to see what would follow.
 struct Supposed {
     key: KeyId,
     account: AccountId,
-    place: usize,
 }
 
 impl Pool {
@@ -207,7 +206,7 @@ impl Pool {
             .collect();
         if let (Some(key), Some(chosen)) = (self.key(id), self.account_name(account)) {
             effects.push(Effect::Lend {
-                key: key.name.clone(),
+                key: key.name.boxed(),
                 account: chosen.into(),
                 previous: previous
                     .and_then(|previous| self.account_name(previous))
@@ -244,11 +243,9 @@ impl Pool {
     /// One of the least used lendable accounts.
     fn pick(&self, avoided: Option<AccountId>, rng: &mut impl Rng) -> Option<AccountId> {
         let ties = self.tier(Tier::Medium).least_used()?;
-        let standing = avoided
-            .and_then(|id| self.account(id))
-            .and_then(|account| account.bucket);
-        let place = standing
-            .map(|(_, place)| place as usize)
+        let place = avoided.and_then(|id| self.places.get(id.slot()));
+        let place = place
+            .map(|&place| place as usize)
             .filter(|&place| ties.len() > 1 && ties.get(place).copied() == avoided);
         let position = match place {
             Some(place) => {
@@ -290,12 +287,8 @@ impl Pool {
     }
 
     fn suppose_free(&mut self, key: KeyId, supposed: &mut Vec<Supposed>) -> Option<AccountId> {
-        let (account, place) = self.unseat(key)?;
-        supposed.push(Supposed {
-            key,
-            account,
-            place,
-        });
+        let account = self.unseat(key)?;
+        supposed.push(Supposed { key, account });
         Some(account)
     }
 
@@ -314,20 +307,15 @@ impl Pool {
     }
 
     fn bring_back(&mut self, supposed: Vec<Supposed>) {
-        for Supposed {
-            key,
-            account,
-            place,
-        } in supposed.into_iter().rev()
-        {
-            self.seat(key, account, place);
+        for Supposed { key, account } in supposed {
+            self.seat(key, account);
         }
         self.supposing = false;
     }
 
     pub(super) fn free(&self, key: KeyId, account: AccountId) -> Option<Effect> {
         Some(Effect::Free {
-            key: self.key(key)?.name.clone(),
+            key: self.key(key)?.name.boxed(),
             account: self.account_name(account).map(Into::into),
         })
     }
@@ -341,7 +329,7 @@ impl Pool {
             .filter(|key| key.standing != Standing::Unregistered);
         let key = key.ok_or(Refusal::NoKey)?;
         let mut freed = Freed::default();
-        self.let_go(key.name.clone(), key.holds, &mut freed);
+        self.let_go(key.name.boxed(), key.holds, &mut freed);
         if let Some(now) = now {
             self.sweep(now, &mut freed.effects);
             let own =
@@ -362,11 +350,11 @@ impl Pool {
             Standing::Revoked => {}
             Standing::Malformed(_) | Standing::Pooled | Standing::Bound => {
                 freed.effects.push(Effect::Deactivate {
-                    key: key.name.clone(),
+                    key: key.name.boxed(),
                 });
             }
         }
-        self.let_go(key.name.clone(), key.holds, &mut freed);
+        self.let_go(key.name.boxed(), key.holds, &mut freed);
         Ok(freed)
     }
 
@@ -393,7 +381,7 @@ impl Pool {
             .ok_or(Refusal::NoSuchAccount)?;
         let account = self.account(id).filter(|account| Self::is_listed(account));
         let account = account.ok_or(Refusal::NoSuchAccount)?;
-        let name = account.name.clone();
+        let name = account.name.boxed();
         let mut freed = Freed {
             account: Some(name.clone()),
             ..Freed::default()

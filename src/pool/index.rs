@@ -118,32 +118,29 @@ impl Pool {
     /// Takes an account out of its tier's orders before it changes.
     pub(super) fn detach(&mut self, id: AccountId) {
         let capacity = self.capacity;
-        let Self {
-            accounts, tiers, ..
-        } = self;
-        let Some(account) = accounts.get_mut(id.slot()) else {
+        let Some(account) = self.accounts.get_mut(id.slot()) else {
             return;
         };
-        let Some(index) = tiers.get_mut(account.tier.index()) else {
+        let Some(index) = self.tiers.get_mut(account.tier.index()) else {
             return;
         };
         index.tally.count(account, capacity, false);
-        index.stale.remove(&id);
-        let Some((bucket, position)) = account.bucket.take() else {
-            return;
-        };
-        let Some(bucket) = index.buckets.get_mut(bucket as usize) else {
-            return;
-        };
-        let position = position as usize;
-        if position < bucket.len() {
-            bucket.swap_remove(position);
+        if !index.stale.is_empty() {
+            index.stale.remove(&id);
         }
-        let moved = bucket.get(position).copied();
-        if let Some(moved) = moved.and_then(|moved| accounts.get_mut(moved.slot()))
-            && let Some((_, place)) = &mut moved.bucket
-        {
-            *place = u32::try_from(position).unwrap_or(u32::MAX);
+        if !std::mem::take(&mut account.in_bucket) {
+            return;
+        }
+        let Some(bucket) = index.buckets.get_mut(account.holders.len()) else {
+            return;
+        };
+        let place = self.places.get(id.slot()).copied().unwrap_or(u32::MAX);
+        if (place as usize) < bucket.len() {
+            bucket.swap_remove(place as usize);
+        }
+        let moved = bucket.get(place as usize);
+        if let Some(entry) = moved.and_then(|moved| self.places.get_mut(moved.slot())) {
+            *entry = place;
         }
     }
 
@@ -151,13 +148,10 @@ impl Pool {
     /// whether something about it needs putting right.
     pub(super) fn attach(&mut self, id: AccountId) {
         let (capacity, horizon) = (self.capacity, self.horizon);
-        let Self {
-            accounts, tiers, ..
-        } = self;
-        let Some(account) = accounts.get_mut(id.slot()) else {
+        let Some(account) = self.accounts.get_mut(id.slot()) else {
             return;
         };
-        let Some(index) = tiers.get_mut(account.tier.index()) else {
+        let Some(index) = self.tiers.get_mut(account.tier.index()) else {
             return;
         };
         account.class = account.class_at(horizon);
@@ -168,11 +162,10 @@ impl Pool {
         }
         if account.class == Class::Lendable
             && let Some(bucket) = index.buckets.get_mut(account.holders.len())
-            && let Ok(number) = u32::try_from(account.holders.len())
-            && let Ok(position) = u32::try_from(bucket.len())
         {
+            set(&mut self.places, id.slot(), bucket.len());
             bucket.push(id);
-            account.bucket = Some((number, position));
+            account.in_bucket = true;
         }
         if !self.supposing && self.account_is_off(id) {
             self.queue(Item::Account(id));
@@ -209,13 +202,12 @@ impl Pool {
         }
     }
 
-    /// Gives the key a slot of the account, `at` that place among its holders
-    /// (the last, if there are fewer).
-    pub(super) fn seat(&mut self, key: KeyId, account: AccountId, at: usize) {
+    /// Gives the key a slot of the account.
+    pub(super) fn seat(&mut self, key: KeyId, account: AccountId) {
         self.detach(account);
         if let Some(account) = self.accounts.get_mut(account.slot()) {
-            let at = at.min(account.holders.len());
-            account.holders.insert(at, key);
+            set(&mut self.seats, key.slot(), account.holders.len());
+            account.holders.push(key);
         }
         if let Some(entry) = self.keys.get_mut(key.slot()) {
             entry.holds = Some(account);
@@ -224,24 +216,33 @@ impl Pool {
         self.attach(account);
     }
 
-    /// Takes the key's slot away; answers the account and the place it had.
-    pub(super) fn unseat(&mut self, key: KeyId) -> Option<(AccountId, usize)> {
+    /// Takes the key's slot away; answers whose it was.
+    pub(super) fn unseat(&mut self, key: KeyId) -> Option<AccountId> {
         let entry = self.keys.get_mut(key.slot())?;
         let account = entry.holds.take()?;
         self.due.remove(&(entry.due(), key));
         self.detach(account);
-        let mut place = 0;
+        let seat = self.seats.get(key.slot()).copied().unwrap_or(u32::MAX);
         if let Some(account) = self.accounts.get_mut(account.slot()) {
-            place = account
-                .holders
-                .iter()
-                .position(|&holder| holder == key)
-                .unwrap_or(0);
-            if account.holders.get(place) == Some(&key) {
-                account.holders.remove(place);
+            if account.holders.get(seat as usize) == Some(&key) {
+                account.holders.swap_remove(seat as usize);
+            }
+            let moved = account.holders.get(seat as usize);
+            if let Some(entry) = moved.and_then(|moved| self.seats.get_mut(moved.slot())) {
+                *entry = seat;
             }
         }
         self.attach(account);
-        Some((account, place))
+        Some(account)
+    }
+}
+
+/// Sets an entry of a table that grows with what it is about.
+fn set(table: &mut Vec<u32>, place: usize, value: usize) {
+    if table.len() <= place {
+        table.resize(place + 1, u32::MAX);
+    }
+    if let Some(entry) = table.get_mut(place) {
+        *entry = u32::try_from(value).unwrap_or(u32::MAX);
     }
 }

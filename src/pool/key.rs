@@ -1,5 +1,6 @@
 //! One client key as the pool sees it, and how its two hashes are read.
 
+use super::text::Text;
 use super::{AccountId, Tier, names};
 
 /// A number for a client key of the view; good until the key is dropped.
@@ -71,7 +72,7 @@ pub(super) const NEVER: i64 = i64::MIN;
 
 #[derive(Debug)]
 pub(super) struct Key {
-    pub(super) name: Box<str>,
+    pub(super) name: Text<76>,
     /// Unix ms from which on the key is refused; `i64::MAX`: it does not end.
     pub(super) expires_at: i64,
     /// When the running period began, or `NEVER`.

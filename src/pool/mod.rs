@@ -20,6 +20,7 @@ mod key;
 pub(crate) mod names;
 mod settle;
 mod status;
+mod text;
 mod tier;
 mod view;
 
@@ -116,6 +117,11 @@ pub(crate) struct Pool {
     accounts: Slab<Account>,
     account_names: HashTable<AccountId>,
     hasher: DefaultHashBuilder,
+    /// By account: where it stands in its bucket. Apart from the accounts, as a
+    /// place is often written without anything else of its account being read.
+    places: Vec<u32>,
+    /// By key: where it sits among its account's holders; apart likewise.
+    seats: Vec<u32>,
     /// Held slots by the instant at which they fall due.
     due: BTreeSet<(i64, KeyId)>,
     tiers: [TierIndex; 3],
@@ -151,6 +157,8 @@ impl Pool {
             accounts: Slab::new(),
             account_names: HashTable::new(),
             hasher: DefaultHashBuilder::default(),
+            places: Vec::new(),
+            seats: Vec::new(),
             due: BTreeSet::new(),
             tiers: std::array::from_fn(|_| TierIndex::new(capacity)),
             horizon: i64::MIN,

@@ -132,7 +132,7 @@ impl World {
     /// A file comes (none: one that can't be used) or goes.
     pub(super) fn set_file(&mut self, tier: Tier, account: &str, file: Option<Option<Credential>>) {
         let known = match &file {
-            Some(Some(credential)) => File::Valid(credential.clone()),
+            Some(Some(credential)) => File::Valid(Box::new(credential.clone())),
             Some(None) => File::Invalid("broken"),
             None => File::Absent,
         };

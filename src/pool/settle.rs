@@ -2,7 +2,7 @@
 //! don't match the leases, leases of keys or accounts that are gone, more
 //! leases than an account has slots.
 
-use super::account::Class;
+use super::account::{Account, Class};
 use super::key::{NEVER, Standing};
 use super::{AccountId, Effect, Item, KeyId, Pool, Stored};
 
@@ -10,12 +10,19 @@ use super::{AccountId, Effect, Item, KeyId, Pool, Stored};
 /// leftovers of things that are gone and is cleared of them.
 const BACKLOG_SLACK: usize = 1024;
 
+/// Things looked at for each one that may be put right: most of a backlog has
+/// come right by itself, after a load say.
+const LOOKS: usize = 64;
+
 impl Pool {
     /// The writes that put right up to `limit` things, most recent first.
     /// Nothing left to look at: empty, and [`Pool::has_backlog`] is false.
     pub(crate) fn settle(&mut self, limit: usize) -> Vec<Effect> {
         let mut effects = Vec::new();
-        for _ in 0..limit {
+        for _ in 0..limit.saturating_mul(LOOKS) {
+            if effects.len() >= limit {
+                break;
+            }
             let Some(item) = self.backlog.pop() else {
                 break;
             };
@@ -91,10 +98,11 @@ impl Pool {
         if let Some(touched) = &mut self.touched {
             touched.push(item);
         }
-        if self.set_queued(item, true) {
-            return;
+        // Once more, if it is there already: the latest comes first.
+        self.set_queued(item, true);
+        if self.backlog.last() != Some(&item) {
+            self.backlog.push(item);
         }
-        self.backlog.push(item);
         if self.backlog.len() > 2 * (self.keys.len() + self.accounts.len()) + BACKLOG_SLACK {
             for item in std::mem::take(&mut self.backlog) {
                 self.set_queued(item, false);
@@ -103,8 +111,8 @@ impl Pool {
         }
     }
 
-    /// Marks an item as queued or not; answers whether it was.
-    fn set_queued(&mut self, item: Item, queued: bool) -> bool {
+    /// Marks an item as queued or not.
+    fn set_queued(&mut self, item: Item, queued: bool) {
         let flag = match item {
             Item::Account(id) => self
                 .accounts
@@ -112,7 +120,9 @@ impl Pool {
                 .map(|account| &mut account.queued),
             Item::Key(id) => self.keys.get_mut(id.slot()).map(|key| &mut key.queued),
         };
-        flag.is_some_and(|flag| std::mem::replace(flag, queued))
+        if let Some(flag) = flag {
+            *flag = queued;
+        }
     }
 
     fn mend(&self, item: Item, effects: &mut Vec<Effect>) {
@@ -137,16 +147,13 @@ impl Pool {
         })
     }
 
-    /// The holders that an account must give up.
-    fn excess(&self, id: AccountId) -> &[KeyId] {
-        let Some(account) = self.account(id) else {
-            return &[];
-        };
+    /// How many holders an account must give up.
+    fn excess(&self, account: &Account) -> usize {
         let kept = match account.class {
             Class::Absent | Class::Invalid => 0,
             _ => self.capacity as usize,
         };
-        account.holders.get(kept..).unwrap_or_default()
+        account.holders.len().saturating_sub(kept)
     }
 
     /// Whether an account's counter or leases need putting right.
@@ -156,25 +163,30 @@ impl Pool {
         };
         let leftover =
             account.class == Class::Absent && account.cooldown != super::Cooldown::default();
-        leftover || !self.excess(id).is_empty() || self.due_count(id) != Some(account.stored)
+        leftover || self.excess(account) > 0 || self.due_count(id) != Some(account.stored)
     }
 
     fn mend_account(&self, id: AccountId, effects: &mut Vec<Effect>) {
         let Some(account) = self.account(id) else {
             return;
         };
-        let excess = self.excess(id);
-        effects.extend(excess.iter().filter_map(|&key| self.free(key, id)));
-        if !excess.is_empty()
-            && matches!(
-                account.class,
-                Class::Lendable | Class::Unknown | Class::Cooling | Class::Expired
-            )
-        {
+        let excess = self.excess(account);
+        if excess > 0 {
+            // Those who came last go first.
+            let mut holders = account.holders.to_vec();
+            holders.sort_by_key(|&key| std::cmp::Reverse((self.key(key).map(|key| key.last), key)));
+            effects.extend(
+                holders
+                    .iter()
+                    .take(excess)
+                    .filter_map(|&key| self.free(key, id)),
+            );
+        }
+        if excess > 0 && !matches!(account.class, Class::Absent | Class::Invalid) {
             // The counter follows once the leases are gone.
             return;
         }
-        let (tier, name) = (account.tier, account.name.clone());
+        let (tier, name) = (account.tier, account.name.boxed());
         match self.due_count(id) {
             Some(Stored::Count(used)) if account.stored != Stored::Count(used) => {
                 effects.push(Effect::Slots {
@@ -209,7 +221,7 @@ impl Pool {
 
     fn mend_key(&self, id: KeyId, effects: &mut Vec<Effect>) {
         let Some(key) = self.key(id) else { return };
-        let name = key.name.clone();
+        let name = key.name.boxed();
         let account = key
             .holds
             .and_then(|id| self.account_name(id))

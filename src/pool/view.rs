@@ -99,11 +99,11 @@ impl Pool {
             }
         }
         if let (false, Some(account)) = (same, holds) {
-            self.seat(id, account, usize::MAX);
+            self.seat(id, account);
         }
         self.drop_ref(former);
         self.drop_ref(holds);
-        if let Some((account, _)) = left {
+        if let Some(account) = left {
             self.drop_idle_account(account);
         }
         self.finish_key(id);
@@ -140,17 +140,17 @@ impl Pool {
         if matches!(file, File::Absent | File::Unknown) && self.find_account(tier, name).is_none() {
             return;
         }
-        self.change_account(tier, name, |account| account.file = file);
+        self.change_account(tier, name, |account| account.set_file(file));
     }
 
     /// Whether a tier's folder on this node is the whole truth: then a name
     /// without a file is no account, and its leases are given up. Otherwise
     /// such a name is left as the keyspace has it.
     pub(crate) fn set_trusts_folder(&mut self, tier: Tier, trusts: bool) {
-        if let Some(flag) = self.trusts_folder.get_mut(tier.index()) {
-            *flag = trusts;
-        }
-        if !trusts {
+        let Some(flag) = self.trusts_folder.get_mut(tier.index()) else {
+            return;
+        };
+        if std::mem::replace(flag, trusts) == trusts || !trusts {
             return;
         }
         let unknown: Vec<AccountId> = self
@@ -160,7 +160,7 @@ impl Pool {
             .filter_map(|(slot, _)| AccountId::new(slot))
             .collect();
         for id in unknown {
-            self.change(id, |account| account.file = File::Absent);
+            self.change(id, |account| account.set_file(File::Absent));
         }
     }
 
@@ -175,7 +175,7 @@ impl Pool {
             .filter_map(|(slot, _)| AccountId::new(slot))
             .collect();
         for id in absent {
-            self.change(id, |account| account.file = File::Unknown);
+            self.change(id, |account| account.set_file(File::Unknown));
         }
     }
 
@@ -254,7 +254,7 @@ impl Pool {
         let found = self.key_names.find(hash, |id| {
             self.keys
                 .get(id.slot())
-                .is_some_and(|key| &*key.name == name)
+                .is_some_and(|key| key.name.is(name))
         });
         found.copied()
     }
@@ -282,7 +282,7 @@ impl Pool {
         let hash = self.hasher.hash_one((tier, name));
         let found = self.account_names.find(hash, |id| {
             let account = self.accounts.get(id.slot());
-            account.is_some_and(|account| account.tier == tier && &*account.name == name)
+            account.is_some_and(|account| account.tier == tier && account.name.is(name))
         });
         found.copied()
     }

@@ -162,14 +162,16 @@ impl Server {
             std::env::var_os("MPOOL_TEST_SERVER").unwrap_or_else(|| "redis-server".into()),
         );
         command.args(["--port", &self.port.to_string(), "--bind", "127.0.0.1"]);
-        command.args([
-            "--save",
-            "",
-            "--enable-debug-command",
-            "yes",
-            "--logfile",
-            "log",
-        ]);
+        let defaults = [
+            ("--save", ""),
+            ("--logfile", "log"),
+            ("--enable-debug-command", "yes"),
+            ("--enable-module-command", "yes"),
+            ("--enable-protected-configs", "yes"),
+            // A replica would wait 5 s for others to join it.
+            ("--repl-diskless-sync-delay", "0"),
+        ];
+        command.args(defaults.iter().flat_map(|(name, value)| [name, value]));
         command.arg("--dir").arg(&data).args(&self.options.server);
         if !self.options.bare {
             command
@@ -195,11 +197,12 @@ impl Server {
                 return false;
             }
             let ready = client.get_connection().and_then(|mut connection| {
-                redis::cmd("INFO")
-                    .arg("server")
-                    .query::<redis::InfoDict>(&mut connection)
+                redis::cmd("INFO").query::<redis::InfoDict>(&mut connection)
             });
             match ready {
+                Ok(info) if info.get("loading") == Some(1) => {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
                 // Another test's server may have taken the port meanwhile.
                 Ok(info) => return info.get::<u32>("process_id") == Some(child.id()),
                 // A password is asked for: the server is up.
