@@ -1,21 +1,28 @@
-//! What ACQUIRE costs as the pool grows: the server's CPU time per call, for a
-//! current lease and for one that must choose, at 10 to 100,000 accounts and
-//! 1,000 to 1,000,000 keys. Everything is measured side by side in one run,
-//! round after round; figures are medians, with the spread beside them.
+//! What ACQUIRE costs as the pool grows: for a current lease and for one that
+//! must choose, at 10 to 100,000 accounts and 1,000 to 1,000,000 keys.
 //!
-//! Run it with `make bench`.
+//! Three figures a size, each a ratio to the smallest size: the time of a call
+//! as a client sees it that waits for each answer, the server's CPU time for a
+//! call in pipelines, and beside it that of the plain Redis writes which a
+//! choice comes down to (HSET of the lease, SET of two counters) over the same
+//! keys. The last one shows how much of any growth is the machine's memory.
+//!
+//! All sizes are measured side by side, round after round, in one run; figures
+//! are medians, with the least and the most beside them. Run it with `make bench`.
 
 #[path = "../tests/support/mod.rs"]
 mod support;
 
-use std::fmt::Write as _;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
+use std::time::Instant;
 use support::{DAY, Options, Server};
 
 const ROUNDS: usize = 7;
-const CALLS: usize = 100_000;
+/// Calls of a round, in pipelines and one by one.
+const PIPED: usize = 99_999;
+const AWAITED: usize = 20_000;
 const PIPELINE: usize = 32;
 /// Between one key's rotation and the next one's, in ms.
 const STEP: i64 = 80;
@@ -31,10 +38,18 @@ struct Cell {
     lap: i64,
     /// When the last one did, in unix ms.
     now: i64,
-    /// Nanoseconds per call, a figure a round.
-    current: Vec<f64>,
-    choosing: Vec<f64>,
+    accounts: usize,
+    /// Nanoseconds per call: a list a figure, an entry a round.
+    figures: [Vec<f64>; FIGURES.len()],
 }
+
+const FIGURES: [&str; 5] = [
+    "current lease, each answer awaited: time",
+    "current lease, pipelines of 32: server CPU",
+    "must choose, each answer awaited: time",
+    "must choose, pipelines of 32: server CPU",
+    "the same writes in plain Redis, pipelines of 32: server CPU",
+];
 
 impl Cell {
     fn new(name: &'static str, accounts: usize, slots: usize, keys: usize) -> Self {
@@ -74,48 +89,99 @@ impl Cell {
             turn: 0,
             lap: 1,
             now: 0,
-            current: Vec::new(),
-            choosing: Vec::new(),
+            accounts,
+            figures: Default::default(),
         };
         // What creating so many accounts has left to do is not to be measured.
         cell.server.connect().ok(&["MPOOL.REPAIR"]);
         cell
     }
 
+    fn round(&mut self) {
+        let pid = self.server.pid();
+        let calls = self.choosing(AWAITED);
+        let awaited_choosing = self.link.awaited(calls);
+        let calls = self.choosing(PIPED);
+        let piped_choosing = self.link.piped(pid, calls);
+        let awaited_current = self.link.awaited(self.current(AWAITED));
+        let piped_current = self.link.piped(pid, self.current(PIPED));
+        // Three commands are one choice's worth.
+        let plain = 3.0 * self.link.piped(pid, self.plain(PIPED));
+        let round = [
+            awaited_current,
+            piped_current,
+            awaited_choosing,
+            piped_choosing,
+            plain,
+        ];
+        for (figures, figure) in self.figures.iter_mut().zip(round) {
+            figures.push(figure);
+        }
+    }
+
     /// Calls for keys in a scattered order, each within its period.
-    fn round_current(&mut self) {
-        let count = self.keys.len() as u64;
-        let calls: Vec<Vec<u8>> = (0..CALLS as u64)
-            .map(|n| acquire(&self.keys[(mix(n) % count) as usize], self.now))
-            .collect();
-        let cost = self.link.measured(self.server.pid(), calls);
-        self.current.push(cost);
+    fn current(&self, count: usize) -> Vec<Vec<u8>> {
+        let keys = self.keys.len() as u64;
+        let key = |n| &self.keys[(mix(n) % keys) as usize];
+        (0..count as u64)
+            .map(|n| acquire(key(n), self.now))
+            .collect()
     }
 
     /// Each call is some key's first after its period, and nothing else is due.
-    fn round_choosing(&mut self) {
-        let calls: Vec<Vec<u8>> = (0..CALLS)
-            .map(|_| {
-                self.now = self.lap * DAY + self.turn as i64 * STEP;
-                let call = acquire(&self.keys[self.turn], self.now);
-                self.turn += 1;
-                if self.turn == self.keys.len() {
-                    self.turn = 0;
-                    self.lap += 1;
-                }
-                call
-            })
-            .collect();
-        let cost = self.link.measured(self.server.pid(), calls);
-        self.choosing.push(cost);
+    fn choosing(&mut self, count: usize) -> Vec<Vec<u8>> {
+        let mut calls = Vec::with_capacity(count);
+        for _ in 0..count {
+            self.now = self.lap * DAY + self.turn as i64 * STEP;
+            calls.push(acquire(&self.keys[self.turn], self.now));
+            self.turn += 1;
+            if self.turn == self.keys.len() {
+                self.turn = 0;
+                self.lap += 1;
+            }
+        }
+        calls
+    }
+
+    /// The writes of a choice over copies of the same keys: a key in its turn,
+    /// the account it had, one at random.
+    fn plain(&self, count: usize) -> Vec<Vec<u8>> {
+        let account = |n: usize| {
+            format!(
+                "plain:slots:account-{:06}",
+                mix(n as u64) % self.accounts as u64
+            )
+        };
+        let writes = (0..count / 3).flat_map(|n| {
+            let key = format!("plain:rotation:{}", self.keys[n % self.keys.len()]);
+            let (new, old) = (account(n), account(n.saturating_sub(self.keys.len())));
+            let now = n.to_string();
+            let fields = [
+                "account",
+                &new[12..],
+                "next_rotation",
+                &now,
+                "last_rotation",
+                &now,
+                "previous_account",
+                &old[12..],
+            ];
+            [
+                pack(&[&["HSET", &key], &fields[..]].concat()),
+                pack(&["SET", &new, "1"]),
+                pack(&["SET", &old, "0"]),
+            ]
+        });
+        writes.collect()
     }
 }
 
-/// Name, accounts, slots of each, keys. 20 keys fit into 10 accounts of two.
+/// Name, accounts, slots of each, keys: one number varies, and every key has a
+/// slot in every size.
 const BY_ACCOUNTS: [(&str, usize, usize, usize); 3] = [
-    ("10 accounts", 10, 2, 20),
-    ("1,000 accounts", 1_000, 2, 1_000),
-    ("100,000 accounts", 100_000, 2, 1_000),
+    ("10 accounts", 10, 128, 1_000),
+    ("1,000 accounts", 1_000, 128, 1_000),
+    ("100,000 accounts", 100_000, 128, 1_000),
 ];
 const BY_KEYS: [(&str, usize, usize, usize); 2] = [
     ("1,000 keys", 1_000, 1_024, 1_000),
@@ -143,33 +209,28 @@ fn main() {
 
 fn run(what: &str, cells: &mut [Cell]) {
     for _ in 0..ROUNDS {
-        for cell in &mut *cells {
-            cell.round_choosing();
-            cell.round_current();
-        }
+        cells.iter_mut().for_each(Cell::round);
     }
     println!(
-        "\nACQUIRE by {what}: server CPU per call, pipelines of {PIPELINE}, median of {ROUNDS} (least to most)"
+        "\nACQUIRE by {what}: microseconds per call, median of {ROUNDS} (least to most), ratio to the first"
     );
-    println!("{:<20}{:>34}{:>34}", "", "current lease", "must choose");
-    let base = (median(&cells[0].current), median(&cells[0].choosing));
-    for cell in cells {
-        let mut line = format!("{:<20}", cell.name);
-        for (figures, base) in [(&cell.current, base.0), (&cell.choosing, base.1)] {
-            let (least, most) = (
-                lowest(figures),
-                -lowest(&figures.iter().map(|figure| -figure).collect::<Vec<_>>()),
-            );
-            let ratio = median(figures) / base;
-            let text = format!(
-                "{:.2} us ({:.2} to {:.2})  {ratio:.2}x",
-                median(figures) / 1e3,
+    for (number, figure) in FIGURES.iter().enumerate() {
+        println!("  {figure}");
+        let base = median(&cells[0].figures[number]);
+        for cell in &*cells {
+            let figures = &cell.figures[number];
+            let (least, most) = (extreme(figures, f64::min), extreme(figures, f64::max));
+            let middle = median(figures);
+            let ratio = middle / base;
+            println!(
+                "    {:<18}{:>8.2}  ({:.2} to {:.2}){:>9.2}x",
+                cell.name,
+                middle / 1e3,
                 least / 1e3,
-                most / 1e3
+                most / 1e3,
+                ratio
             );
-            let _ = write!(line, "{text:>34}");
         }
-        println!("{line}");
     }
 }
 
@@ -179,8 +240,8 @@ fn median(figures: &[f64]) -> f64 {
     sorted[sorted.len() / 2]
 }
 
-fn lowest(figures: &[f64]) -> f64 {
-    figures.iter().copied().fold(f64::INFINITY, f64::min)
+fn extreme(figures: &[f64], pick: fn(f64, f64) -> f64) -> f64 {
+    figures.iter().copied().reduce(pick).unwrap_or_default()
 }
 
 /// Numbers that look scattered, the same in each run (splitmix64's finish).
@@ -257,11 +318,21 @@ impl Link {
     }
 
     /// CPU time of the process per call, in ns.
-    fn measured(&mut self, pid: u32, calls: Vec<Vec<u8>>) -> f64 {
+    fn piped(&mut self, pid: u32, calls: Vec<Vec<u8>>) -> f64 {
         let count = calls.len() as f64;
         let before = cpu_time(pid);
         self.run(calls);
         (cpu_time(pid) - before) as f64 / count
+    }
+
+    /// Time per call, in ns, for a client that waits for each answer.
+    fn awaited(&mut self, calls: Vec<Vec<u8>>) -> f64 {
+        let count = calls.len() as f64;
+        let start = Instant::now();
+        for mut call in calls {
+            self.flush(&mut call, &mut 1);
+        }
+        start.elapsed().as_nanos() as f64 / count
     }
 }
 

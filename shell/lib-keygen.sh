@@ -120,8 +120,6 @@ keygen_main() {
     "$key" "$tier" "$account" "$days" "$day_word" "$until"
   if [[ -n $label ]]; then printf 'label    %s\n' "${label//[[:cntrl:]]/?}"; fi
   printf '\nLease its account:\n  %s MPOOL.ACQUIRE %s '\''*'\''\n' "$(cli_as_typed)" "$key"
-  printf 'Use it through a forwarder at http://127.0.0.1:8080:\n'
-  printf '  curl -H '\''x-api-key: %s'\'' http://127.0.0.1:8080/v1/models\n' "$key"
   if [[ -n $pooled ]]; then pool_note; fi
 }
 

@@ -114,7 +114,13 @@ pub(crate) fn enter(node: &mut Node, change: Change) {
         }
         Change::Gone { tier, file } => {
             if node.bad_names.remove(&(tier, file.clone())).is_none() {
-                node.pool.set_file(tier, &file, File::Absent);
+                // What a replica has no file of may still be the primary's account.
+                let file_now = if node.is_primary {
+                    File::Absent
+                } else {
+                    File::Unknown
+                };
+                node.pool.set_file(tier, &file, file_now);
             }
         }
     }

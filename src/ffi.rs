@@ -11,7 +11,7 @@ use redis_module::logging::RedisLogLevel;
 use redis_module::{Context, RedisString, Status, raw};
 use std::any::Any;
 use std::cell::Cell;
-use std::ffi::{CStr, CString, c_char, c_int, c_long, c_void};
+use std::ffi::{CStr, CString, c_char, c_int, c_long, c_longlong, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicPtr, Ordering};
@@ -526,6 +526,44 @@ pub(crate) fn can_hold_hash(ctx: &Context, name: &[u8]) -> bool {
     kind == raw::REDISMODULE_KEYTYPE_EMPTY as c_int
         || kind == raw::REDISMODULE_KEYTYPE_HASH as c_int
 }
+
+/// Sets a key to a number, replicated. Given as a number, Redis keeps a shared
+/// object for it; given as text, it would allocate one and free the old one,
+/// which with many accounts is most of what choosing one costs.
+pub(crate) fn set_number(ctx: &Context, name: &str, number: u64) -> Result<(), Refused> {
+    let number = c_longlong::try_from(number).unwrap_or(c_longlong::MAX);
+    // SAFETY: the format names what follows: a buffer with its length, and a
+    // number; errors come as replies; the reply is freed here.
+    unsafe {
+        let call = raw::RedisModule_Call.ok_or(Refused(String::new()))?;
+        let reply = call(
+            ctx.ctx,
+            c"SET".as_ptr(),
+            c"!Ebl".as_ptr(),
+            name.as_ptr(),
+            name.len(),
+            number,
+        );
+        if reply.is_null() {
+            return Err(Refused(String::new()));
+        }
+        let refused = raw::call_reply_type(reply) == raw::ReplyType::Error;
+        let text = if refused {
+            raw::call_reply_string(reply)
+        } else {
+            None
+        };
+        raw::free_call_reply(reply);
+        if refused {
+            Err(Refused(text.unwrap_or_default()))
+        } else {
+            Ok(())
+        }
+    }
+}
+
+/// The server's own error to a write.
+pub(crate) struct Refused(pub(crate) String);
 
 /// The key holds another type than it should.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -254,13 +254,9 @@ impl<'a> Writer<'a> {
 
     fn write(&self, command: &str, args: &[&str]) -> Result<(), Failure> {
         let result: CallResult<'_> = self.ctx.call_ext(command, &self.options, args);
-        result.map(drop).map_err(|error| {
-            let text = String::from_utf8_lossy(error.as_bytes()).into_owned();
-            let word = text.split(' ').next().unwrap_or_default();
-            let message = format!("a write of the module was refused: {command}: {word}");
-            ffi::log(redis_module::logging::RedisLogLevel::Warning, &message);
-            Failure::Write
-        })
+        result
+            .map(drop)
+            .map_err(|error| refused(command, &String::from_utf8_lossy(error.as_bytes())))
     }
 
     fn apply(&self, effect: &Effect) -> Result<(), Failure> {
@@ -300,10 +296,10 @@ impl<'a> Writer<'a> {
                 tier,
                 account,
                 used,
-            } => self.write(
-                "SET",
-                &[&PoolKey::Slots(*tier, account).name(), &used.to_string()],
-            ),
+            } => {
+                let name = PoolKey::Slots(*tier, account).name();
+                ffi::set_number(self.ctx, &name, *used).map_err(|error| refused("SET", &error.0))
+            }
             Effect::Leave { tier, account } => {
                 let names = [
                     PoolKey::Slots(*tier, account).name(),
@@ -355,6 +351,14 @@ impl<'a> Writer<'a> {
             None => Ok(()),
         }
     }
+}
+
+/// A write that the server refused: the log gets its code word.
+fn refused(command: &str, error: &str) -> Failure {
+    let word = error.split(' ').next().unwrap_or_default();
+    let message = format!("a write of the module was refused: {command}: {word}");
+    ffi::log(redis_module::logging::RedisLogLevel::Warning, &message);
+    Failure::Write
 }
 
 /// The string at a key. Read through the command: the direct way would rewrite

@@ -99,7 +99,7 @@ fn replies_are_maps_or_flat_arrays_with_their_fields_in_order() {
         );
         check(&["MPOOL.RELEASE", &key], "account");
         check(&["MPOOL.REVOKE", &key], "account");
-        let reload = check(&["MPOOL.RELOAD"], "added removed invalid");
+        let reload = check(&["MPOOL.RELOAD"], "added removed invalid unreadable");
         assert_eq!(
             names(&items(&by_name(&reload)["invalid"])[0]).join(" "),
             "tier file reason"
@@ -970,7 +970,7 @@ fn refusal(module_args: &[&str], config: &str) -> String {
         args.join(" ")
     );
     std::fs::write(&file, content).unwrap();
-    let mut child = Command::new("redis-server")
+    let mut child = Command::new(server_binary())
         .arg(&file)
         .args([
             "--port",
@@ -1151,15 +1151,74 @@ fn monitor_shows_the_redacted_argument() {
     {
         lines.push(text(&watcher.connection.recv_response().unwrap()));
     }
-    let commands: Vec<&String> = lines
-        .iter()
-        .filter(|line| line.to_lowercase().contains("\"mpool."))
-        .collect();
-    assert_eq!(commands.len(), 3, "{lines:#?}");
-    for line in commands {
+    let is_ours = |line: &&String| line.to_lowercase().contains("\"mpool.");
+    let (ours, others): (Vec<_>, Vec<_>) = lines.iter().partition(is_ours);
+    assert_eq!(ours.len(), 3, "{lines:#?}");
+    for line in ours {
         assert!(
             line.contains("(redacted)") && !line.contains(&key),
             "{line}"
         );
     }
+    // What the module itself writes can't be redacted.
+    for line in others.iter().filter(|line| line.contains(&key)) {
+        assert!(
+            ["\"HSET\"", "\"HDEL\""]
+                .iter()
+                .any(|word| line.contains(word)),
+            "{line}"
+        );
+    }
+}
+
+#[test]
+fn a_user_may_be_allowed_one_command_and_no_key() {
+    let server = Options::default().accounts(&["a"]).start();
+    let mut client = server.connect();
+    let key = client.pool_key();
+    client.ok(&[
+        "ACL",
+        "SETUSER",
+        "proxy",
+        "on",
+        ">pw",
+        "resetkeys",
+        "-@all",
+        "+mpool.acquire",
+    ]);
+    let mut proxy = server.connect();
+    proxy.ok(&["AUTH", "proxy", "pw"]);
+    assert_eq!(proxy.acquire(&key, 1000).account, "a");
+    for words in [
+        &["MPOOL.RELEASE", &key][..],
+        &["MPOOL.STATUS"],
+        &["HGETALL", &format!("client_keys:{key}")],
+    ] {
+        let error = proxy.error(words);
+        assert!(error.starts_with("NOPERM"), "{words:?}: {error}");
+    }
+    client.check_invariants(2);
+}
+
+#[test]
+fn a_read_only_script_can_look_and_not_lend() {
+    let server = Options::default().accounts(&["a"]).start();
+    let mut client = server.connect();
+    let key = client.pool_key();
+    client.ok(&[
+        "EVAL_RO",
+        "return redis.call('MPOOL.STATUS', 'KEY', ARGV[1])",
+        "0",
+        &key,
+    ]);
+    client.refused(
+        "ERR",
+        &[
+            "EVAL_RO",
+            "return redis.call('MPOOL.ACQUIRE', ARGV[1], '1000')",
+            "0",
+            &key,
+        ],
+    );
+    client.check_repair();
 }

@@ -13,7 +13,7 @@ use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use support::{Client, DAY, Options, Server, wait_for};
-use typed::{Outcome, Terminal, program, repository_target};
+use typed::{Outcome, Terminal, installed_packages, program};
 
 /// The example languages; each test is run for all of them.
 const LANGUAGES: [&str; 3] = ["python", "node", "shell"];
@@ -81,7 +81,7 @@ fn serve(mut stream: TcpStream, token: &str, status: u16, header: &str, log: &Mu
 /// Something that `scripts/install-deps test` puts below target/.
 #[track_caller]
 fn installed(path: &str) -> PathBuf {
-    let full = repository_target().join("examples").join(path);
+    let full = installed_packages().join(path);
     assert!(
         full.exists(),
         "{} is not there: run `scripts/install-deps test` first",
@@ -93,7 +93,16 @@ fn installed(path: &str) -> PathBuf {
 /// The example with the key in its environment.
 #[track_caller]
 fn run(language: &str, server: &Server, key: &str, url: &str) -> Outcome {
-    let terminal = Terminal::of(server).env("MPOOL_KEY", key);
+    run_with(language, server, key, url, "")
+}
+
+/// The same for a server that asks for a password.
+#[track_caller]
+fn run_with(language: &str, server: &Server, key: &str, url: &str, password: &str) -> Outcome {
+    let mut terminal = Terminal::of(server).env("MPOOL_KEY", key);
+    if !password.is_empty() {
+        terminal = terminal.env("MPOOL_REDIS_PASSWORD", password);
+    }
     let command = match language {
         "python" => format!(
             "'{}' examples/acquire.py",
@@ -113,7 +122,10 @@ fn run(language: &str, server: &Server, key: &str, url: &str) -> Outcome {
         }
     };
     let outcome = terminal.run(&format!("{command} '{url}'"));
-    for secret in ["token-of-", key] {
+    for secret in ["token-of-", key, password]
+        .into_iter()
+        .filter(|secret| !secret.is_empty())
+    {
         assert!(
             !outcome.stdout.contains(secret),
             "{language}: {}",
@@ -339,5 +351,25 @@ fn an_upstreams_redirect_is_not_followed_with_the_token() {
         run(language, &server, &key, &upstream.url());
         assert_eq!(upstream.credentials().len(), 1, "{language}");
         assert!(elsewhere.credentials().is_empty(), "{language}");
+    });
+}
+
+#[test]
+fn a_password_goes_by_the_environment() {
+    for_each_language(|language| {
+        let server = Options::default()
+            .accounts(&["one"])
+            .server(&["--requirepass", "open-sesame"])
+            .start();
+        let url = format!("redis://:open-sesame@127.0.0.1:{}/", server.port);
+        let key = Client::open(&url).pool_key();
+        let upstream = Upstream::refusing("nobody's", 401, "");
+        let outcome = run_with(language, &server, &key, &upstream.url(), "open-sesame");
+        assert_eq!(outcome.ok().trim(), "models", "{language}");
+        assert_ne!(
+            run(language, &server, &key, &upstream.url()).code,
+            0,
+            "{language}"
+        );
     });
 }

@@ -567,3 +567,113 @@ fn the_guides_queries_work_as_printed() {
         assert!(rotation.contains(&expected), "{expected}: {rotation}");
     }
 }
+
+#[test]
+fn the_keyspace_may_change_amid_a_transaction_or_script() {
+    let mut scene = Scene::new();
+    let (k, a) = (scene.word("{k}"), scene.word("{a}"));
+    // Each line is one transaction; the last word says what its acquire must give.
+    let table: &[(&[&str], &str)] = &[
+        (
+            &["DEL key_rotation:{k}", "MPOOL.ACQUIRE {k} 1755266400001"],
+            "assigned",
+        ),
+        (
+            &[
+                "SET medium_pool:slots:{a} 2",
+                "SET medium_pool:slots:{b} 2",
+                "MPOOL.ACQUIRE {k} 1755266400002",
+            ],
+            "current",
+        ),
+        (
+            &[
+                "MPOOL.REVOKE {k}",
+                "HSET client_keys:{k} active true",
+                "MPOOL.ACQUIRE {k} 1755266400003",
+            ],
+            "assigned",
+        ),
+        (
+            &[
+                "MPOOL.COOLDOWN medium one 1755266400003 1",
+                "MPOOL.COOLDOWN medium two 1755266400003 1",
+                "MPOOL.ACQUIRE {k} 1755266400004",
+            ],
+            "failover",
+        ),
+        (
+            &[
+                "SWAPDB 0 1",
+                "SWAPDB 0 1",
+                "MPOOL.ACQUIRE {k} 1755266400005",
+            ],
+            "current",
+        ),
+        (
+            &[
+                "SWAPDB 0 1",
+                "MPOOL.REPAIR",
+                "SWAPDB 0 1",
+                "MPOOL.ACQUIRE {k} 1755266400005",
+            ],
+            "current",
+        ),
+        (
+            &[
+                "HSET client_keys:{k} active false",
+                "HSET client_keys:{k} active true",
+                "MPOOL.ACQUIRE {k} 1755266400005",
+            ],
+            "current",
+        ),
+        (
+            &[
+                "RENAME key_rotation:{k} key_rotation:x",
+                "RENAME key_rotation:x key_rotation:{k}",
+                "MPOOL.ACQUIRE {k} 1755266400005",
+            ],
+            "current",
+        ),
+        (
+            &[
+                "FLUSHALL",
+                "HSET client_keys:{k} tier medium use_pool true",
+                "MPOOL.ACQUIRE {k} 1755266400005",
+            ],
+            "assigned",
+        ),
+    ];
+    for (lines, state) in table {
+        let mut pipe = redis::pipe();
+        pipe.atomic();
+        for line in *lines {
+            let line = line
+                .replace("{k}", &k)
+                .replace("{a}", &a)
+                .replace("{b}", &scene.word("{b}"));
+            let mut words = line.split(' ');
+            let mut command = redis::cmd(words.next().unwrap());
+            command.arg(words.collect::<Vec<_>>());
+            pipe.add_command(command);
+        }
+        let replies: Vec<redis::Value> = pipe.query(&mut scene.client.connection).unwrap();
+        let lease: std::collections::BTreeMap<String, redis::Value> =
+            redis::from_redis_value_ref(replies.last().unwrap()).unwrap();
+        assert_eq!(text(&lease["state"]), *state, "{lines:?}");
+        assert_eq!(scene.client.broken_invariant(2), None, "{lines:?}");
+        scene.client.check_repair();
+    }
+    let script = r"
+        for round = 1, 200 do
+            redis.call('MPOOL.ACQUIRE', ARGV[1], 1755266400005 + round)
+            if round % 3 == 0 then redis.call('DEL', 'key_rotation:' .. ARGV[1]) end
+            if round % 5 == 0 then redis.call('SET', 'medium_pool:slots:one', round) end
+            if round % 7 == 0 then redis.call('MPOOL.RELEASE', ARGV[1]) end
+        end
+        return redis.call('MPOOL.ACQUIRE', ARGV[1], 1755266410000)";
+    scene.client.ok(&["EVAL", script, "0", &k]);
+    scene.client.check_invariants(2);
+    scene.client.check_repair();
+    assert!(scene.server.is_alive());
+}

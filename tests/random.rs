@@ -17,7 +17,7 @@ use redis::Value;
 use std::collections::BTreeMap;
 use support::*;
 
-const ACCOUNTS: [&str; 6] = ["a", "b", "c", "d", "e", "f"];
+const ACCOUNTS: [&str; 8] = ["a", "b", "c", "d", "e", "f", "g", "h"];
 const TIERS: [&str; 3] = ["medium", "high", "supreme"];
 
 struct Run {
@@ -67,6 +67,12 @@ impl Run {
                     !error.to_string().contains("internal error"),
                     "{words:?}: {error}"
                 );
+                if ["REVOKED", "EXPIRED"].contains(&code.as_str()) && self.rng.random_bool(0.3) {
+                    // Else most keys would be of no use after a while.
+                    self.keys.retain(|key| key != words[1]);
+                    let key = self.client.pool_key();
+                    self.keys.push(key);
+                }
                 *self.counts.entry(code).or_default() += 1;
                 None
             }
@@ -78,13 +84,7 @@ impl Run {
         let account = self.pick(&ACCOUNTS);
         let now = self.now.to_string();
         match self.rng.random_range(0..100) {
-            0..40 => {
-                if let Some(lease) = self.go(&["MPOOL.ACQUIRE", &key, &now]) {
-                    let lease: BTreeMap<String, Value> =
-                        redis::from_redis_value_ref(&lease).unwrap();
-                    *self.counts.entry(text(&lease["state"])).or_default() += 1;
-                }
-            }
+            0..40 => self.acquire(&key),
             40..48 => drop(self.go(&["MPOOL.RELEASE", &key])),
             48..50 => drop(self.go(&["MPOOL.RELEASE", &key, &now])),
             50..53 => {
@@ -119,7 +119,10 @@ impl Run {
                 self.now = self.now.max(0);
             }
             74..96 => self.change_by_hand(&key, account),
-            96..97 => drop(self.go(&["DEBUG", "RELOAD"])),
+            96..97 => {
+                let how = self.pick(&["RELOAD", "LOADAOF"]);
+                self.go(&["DEBUG", how]);
+            }
             97..98 => drop(self.go(&["MPOOL.STATUS", "NOW", &now])),
             98..99 => {
                 let slots = self.pick(&["1", "2", "3"]);
@@ -134,6 +137,55 @@ impl Run {
         }
     }
 
+    fn acquire(&mut self, key: &str) {
+        let (now, at) = (self.now, self.now.to_string());
+        if let Some(lease) = self.go(&["MPOOL.ACQUIRE", key, &at]) {
+            let lease: BTreeMap<String, Value> = redis::from_redis_value_ref(&lease).unwrap();
+            let (account, state) = (text(&lease["account"]), text(&lease["state"]));
+            if state != "bound" {
+                let shown = self.client.state(&account, now);
+                let used = ["partial", "full"].map(|state| Some(state.to_owned()));
+                assert!(
+                    used.contains(&shown),
+                    "{state} on an account that is {shown:?}"
+                );
+            }
+            *self.counts.entry(state).or_default() += 1;
+            return;
+        }
+        // Nobody who may have a slot is refused while one is free.
+        let status = self.client.try_run::<BTreeMap<String, Value>>(&[
+            "MPOOL.STATUS",
+            "KEY",
+            key,
+            "NOW",
+            &at,
+        ]);
+        if status.is_ok_and(|status| {
+            ["idle", "leased", "due"].contains(&text(&status["state"]).as_str())
+        }) {
+            let status = self.client.map(&["MPOOL.STATUS", "NOW", &at]);
+            let medium: BTreeMap<String, Option<i64>> =
+                redis::from_redis_value_ref(&status["medium"]).unwrap();
+            assert_eq!(
+                medium["free"],
+                Some(0),
+                "{key} was refused at {at}: {medium:?}"
+            );
+            // What is overdue would have been freed, had it been of any use.
+            for lease in self.client.pages("LEASES", "medium", "1000") {
+                let due = optional_number(&lease["next_rotation"]).unwrap_or(0);
+                let account = text(&lease["account"]);
+                let shown = self.client.state(&account, now);
+                let lost = ["cooldown", "expired"].map(|state| Some(state.to_owned()));
+                assert!(
+                    due > now || lost.contains(&shown),
+                    "{key} was refused at {at}; {account}, {shown:?}, was due at {due}"
+                );
+            }
+        }
+    }
+
     fn change_files(&mut self, account: &str) {
         let tier = self.pick(&TIERS);
         let name = format!("{tier}/{account}");
@@ -141,7 +193,8 @@ impl Run {
             r#"{{"access_token": "t", "expires_at": {}}}"#,
             (self.now + DAY / 2).max(100_000_000_000)
         );
-        let content = self.pick(&["", "gone", "{", r#"{"api_key": "k"}"#, end.as_str()]);
+        let good = r#"{"api_key": "k"}"#;
+        let content = self.pick(&["", "gone", "{", good, good, good, good, end.as_str()]);
         self.trace.push(format!("file {name}: {content}"));
         match content {
             "gone" => drop(std::fs::remove_file(self.server.account_file(&name))),
@@ -208,8 +261,11 @@ impl Run {
 
 #[test]
 fn any_sequence_leaves_a_pool_that_agrees_with_itself() {
-    let steps = std::env::var("MPOOL_STEPS").map_or(4000, |steps| steps.parse().unwrap());
-    let server = Options::default().accounts(&ACCOUNTS).start();
+    let steps = std::env::var("MPOOL_STEPS").map_or(2500, |steps| steps.parse().unwrap());
+    let server = Options::default()
+        .accounts(&ACCOUNTS)
+        .server(&["--appendonly", "yes"])
+        .start();
     let mut replica = Options::default().replica_of(&server).start();
     let mut client = server.connect();
     let keys = (0..15).map(|_| client.pool_key()).collect();

@@ -438,7 +438,7 @@ fn a_hung_redis_is_given_up_in_time() {
                 let said = terminal.run(command).fails(UNREACHABLE);
                 assert!(said.contains("no answer within 1 s"), "{command}: {said}");
                 assert!(
-                    start.elapsed() < Duration::from_secs(10),
+                    start.elapsed() < Duration::from_secs(20),
                     "{command}: {:?}",
                     start.elapsed()
                 );
@@ -796,7 +796,7 @@ fn pool_status_is_right_at_2000_accounts() {
     let took = start.elapsed();
     assert_eq!(outcome.stderr, "");
     let printed = outcome.ok();
-    assert!(took < Duration::from_secs(20), "{took:?}");
+    assert!(took < Duration::from_secs(40), "{took:?}");
     for part in [
         "2,000 accounts",
         "2,500 of 4,000 slots in use (63 %)",

@@ -221,7 +221,7 @@ fn a_replica_follows_and_refuses_writes() {
     // The replica's own files change nothing there.
     let before = other.traces().0;
     replica.remove_account("medium/a");
-    wait_for("the replica to see its folder", || {
+    wait_for("the replica to show the account as missing", || {
         (other.state("a", 5000).as_deref() == Some("missing")).then_some(())
     });
     assert_eq!(other.traces().0, before);
@@ -345,6 +345,10 @@ fn redis_itself_refuses_with_its_own_errors() {
     let mut server = pool().server(&["--appendonly", "no"]).start();
     let mut client = server.connect();
     let keys = populate(&mut client);
+    // One lease, so that there is a slot elsewhere.
+    for key in &keys[1..3] {
+        client.ok(&["MPOOL.RELEASE", key]);
+    }
     // A snapshot that fails makes Redis refuse writes.
     client.ok(&["CONFIG", "SET", "stop-writes-on-bgsave-error", "yes"]);
     client.ok(&["CONFIG", "SET", "save", "3600 1"]);
@@ -421,6 +425,9 @@ fn an_account_that_goes_while_clients_are_paused_goes_afterwards() {
     let mut server = pool().start();
     let mut client = server.connect();
     let keys = populate(&mut client);
+    for key in &keys[1..3] {
+        client.ok(&["MPOOL.RELEASE", key]);
+    }
     let account = client.holds(&keys[0]).unwrap();
     client.ok(&["CLIENT", "PAUSE", "1500", "WRITE"]);
     server.remove_account(&format!("medium/{account}"));
@@ -657,4 +664,67 @@ fn two_pools_in_one_place_are_refused() {
     client.refused("ERR", &["MODULE", "LOAD", module().to_str().unwrap()]);
     let mut modules: Vec<BTreeMap<String, Value>> = client.run(&["MODULE", "LIST"]);
     assert_eq!(text(&modules.remove(0)["name"]), "mpool");
+}
+
+#[test]
+fn while_a_server_is_loading_it_says_so() {
+    let mut server = pool().start();
+    let mut client = server.connect();
+    let keys = populate(&mut client);
+    for _ in 0..200 {
+        client.pool_key();
+    }
+    client.ok(&[
+        "CONFIG",
+        "SET",
+        "loading-process-events-interval-bytes",
+        "1024",
+    ]);
+    client.ok(&["CONFIG", "SET", "key-load-delay", "5000"]);
+    let mut other = server.connect();
+    std::thread::scope(|scope| {
+        scope.spawn(|| client.ok(&["DEBUG", "RELOAD"]));
+        for words in [&["MPOOL.ACQUIRE", &keys[0], "2000"][..], &["MPOOL.STATUS"]] {
+            wait_for("LOADING", || {
+                let outcome = other.try_run::<Value>(words);
+                outcome
+                    .is_err_and(|error| error.code() == Some("LOADING"))
+                    .then_some(())
+            });
+        }
+        // A file that goes meanwhile goes when it is over.
+        server.remove_account("medium/cold");
+    });
+    assert_eq!(client.acquire(&keys[0], 2000).state, "current");
+    client.wait_for_account("cold", false);
+    client.check_invariants(2);
+    client.check_repair();
+    assert!(server.is_alive());
+}
+
+#[test]
+fn a_writable_replica_lives_on() {
+    let primary = pool().start();
+    let mut client = primary.connect();
+    let keys = populate(&mut client);
+    let mut replica = pool()
+        .server(&["--replica-read-only", "no"])
+        .replica_of(&primary)
+        .start();
+    let mut other = replica.connect();
+    wait_for_same(&mut client, &mut other);
+    // What it writes is its own affair.
+    for now in [2000, 1000 + DAY] {
+        for key in &keys {
+            let _ = other.try_acquire(key, now);
+        }
+    }
+    other.ok(&["MPOOL.STATUS"]);
+    replica.remove_account("medium/a");
+    client.acquire(&keys[0], 1000 + DAY);
+    other.ok(&["REPLICAOF", "NO", "ONE"]);
+    other.ok(&["MPOOL.REPAIR"]);
+    other.check_invariants(2);
+    other.check_repair();
+    assert!(replica.is_alive());
 }

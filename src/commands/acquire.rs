@@ -22,18 +22,22 @@ impl Command for Acquire {
     };
 
     fn run(call: &Call<'_>) -> Result<(), Failure> {
-        let key = super::key(call, 1)?;
-        let now = super::now(call.arg(2))?;
-        let with_token = match call.arg(3) {
-            None => false,
-            Some(word) if call.len() == 4 && word.eq_ignore_ascii_case(b"WITHTOKEN") => true,
-            Some(_) => return Err(SYNTAX),
-        };
-        node::prepare(&call.ctx)?;
-        acquire(call, key, now, with_token).inspect_err(|failure| {
+        run(call).inspect_err(|failure| {
             let _ = node::with(|node| node.counters.refused(failure));
         })
     }
+}
+
+fn run(call: &Call<'_>) -> Result<(), Failure> {
+    let key = super::key(call, 1)?;
+    let now = super::now(call.arg(2))?;
+    let with_token = match call.arg(3) {
+        None => false,
+        Some(word) if call.len() == 4 && word.eq_ignore_ascii_case(b"WITHTOKEN") => true,
+        Some(_) => return Err(SYNTAX),
+    };
+    node::prepare(&call.ctx)?;
+    acquire(call, key, now, with_token)
 }
 
 fn acquire(call: &Call<'_>, key: &str, now: i64, with_token: bool) -> Result<(), Failure> {

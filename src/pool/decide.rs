@@ -182,6 +182,7 @@ impl Pool {
                     .is_some_and(|own| own.class == Class::Unknown)
             })
         });
+        self.recent = [chosen, avoided];
         let outcome = match chosen {
             Some(account) => Ok(self.grant(id, account, avoided, state, now, &supposed)),
             None => Err(self.refusal(now)),

@@ -117,6 +117,8 @@ pub(crate) struct Pool {
     accounts: Slab<Account>,
     account_names: HashTable<AccountId>,
     hasher: DefaultHashBuilder,
+    /// The accounts of the latest decision, which the keyspace will name next.
+    recent: [Option<AccountId>; 2],
     /// By account: where it stands in its bucket. Apart from the accounts, as a
     /// place is often written without anything else of its account being read.
     places: Vec<u32>,
@@ -157,6 +159,7 @@ impl Pool {
             accounts: Slab::new(),
             account_names: HashTable::new(),
             hasher: DefaultHashBuilder::default(),
+            recent: [None; 2],
             places: Vec::new(),
             seats: Vec::new(),
             due: BTreeSet::new(),

@@ -26,8 +26,11 @@ impl Pool {
             let Some(item) = self.backlog.pop() else {
                 break;
             };
-            self.set_queued(item, false);
-            self.mend(item, &mut effects);
+            // Not queued any more: it stood there twice, or what had this number
+            // is gone.
+            if self.set_queued(item, false) {
+                self.mend(item, &mut effects);
+            }
         }
         effects
     }
@@ -111,8 +114,8 @@ impl Pool {
         }
     }
 
-    /// Marks an item as queued or not.
-    fn set_queued(&mut self, item: Item, queued: bool) {
+    /// Marks an item as queued or not; answers whether it was.
+    fn set_queued(&mut self, item: Item, queued: bool) -> bool {
         let flag = match item {
             Item::Account(id) => self
                 .accounts
@@ -120,9 +123,7 @@ impl Pool {
                 .map(|account| &mut account.queued),
             Item::Key(id) => self.keys.get_mut(id.slot()).map(|key| &mut key.queued),
         };
-        if let Some(flag) = flag {
-            *flag = queued;
-        }
+        flag.is_some_and(|flag| std::mem::replace(flag, queued))
     }
 
     fn mend(&self, item: Item, effects: &mut Vec<Effect>) {

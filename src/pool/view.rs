@@ -279,10 +279,14 @@ impl Pool {
     }
 
     pub(super) fn find_account(&self, tier: Tier, name: &str) -> Option<AccountId> {
-        let hash = self.hasher.hash_one((tier, name));
-        let found = self.account_names.find(hash, |id| {
+        let bears = |id: &AccountId| {
             let account = self.accounts.get(id.slot());
             account.is_some_and(|account| account.tier == tier && account.name.is(name))
+        };
+        let recent = self.recent.iter().flatten().find(|id| bears(id));
+        let found = recent.or_else(|| {
+            self.account_names
+                .find(self.hasher.hash_one((tier, name)), bears)
         });
         found.copied()
     }

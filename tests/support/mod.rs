@@ -31,6 +31,11 @@ pub fn module() -> PathBuf {
         .join("libmpool.so")
 }
 
+/// The server to test with: `MPOOL_TEST_SERVER`, or the installed one.
+pub fn server_binary() -> std::ffi::OsString {
+    std::env::var_os("MPOOL_TEST_SERVER").unwrap_or_else(|| "redis-server".into())
+}
+
 /// The folder of the repository.
 pub fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -157,10 +162,10 @@ impl Server {
     }
 
     fn try_launch(&mut self) -> bool {
+        // One that came up too late, or on a port of another's.
+        self.kill();
         let data = self.folder.path().join("data");
-        let mut command = Command::new(
-            std::env::var_os("MPOOL_TEST_SERVER").unwrap_or_else(|| "redis-server".into()),
-        );
+        let mut command = Command::new(server_binary());
         command.args(["--port", &self.port.to_string(), "--bind", "127.0.0.1"]);
         let defaults = [
             ("--save", ""),

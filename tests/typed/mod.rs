@@ -83,6 +83,7 @@ for ((i = 1; i < $#; i++)); do
     break
   fi
 done
+if [[ -n ${{MPOOL_TEST_STRICT:-}} ]]; then set -- -e "$@"; fi
 exec '{real}' "$@"
 "#,
             log = terminal.log_path().display(),
@@ -90,6 +91,40 @@ exec '{real}' "$@"
         );
         terminal.install("redis-cli", &wrapper);
         terminal.env("MPOOL_REDIS_PORT", &port.to_string())
+    }
+
+    /// A shell in a copy of the repository, for commands that start a server on
+    /// the port. An error reply ends `redis-cli` with an error. In the place of
+    /// a build stands the module that is there, and `make test` is not run
+    /// within itself: it has to be a target.
+    pub fn in_a_copy(port: u16) -> Self {
+        let terminal = Self::at(port);
+        let root = terminal.folder();
+        for folder in ["shell", "examples"] {
+            fs::remove_file(root.join(folder)).unwrap();
+        }
+        for folder in ["shell", "examples", "scripts"] {
+            copy_folder(&repository().join(folder), &root.join(folder));
+        }
+        fs::copy(repository().join("Makefile"), root.join("Makefile")).unwrap();
+        for tier in ["medium", "high", "supreme"] {
+            fs::create_dir_all(root.join("account").join(tier)).unwrap();
+        }
+        let cargo = format!(
+            "#!/bin/bash\n[[ $1 == build ]] && install -D '{}' \"$CARGO_TARGET_DIR/release/libmpool.so\"\n",
+            crate::support::module().display()
+        );
+        terminal.install("cargo", &cargo);
+        let make = format!(
+            "#!/bin/bash\nif [[ $1 == test ]]; then set -- -n test; fi\nexec '{}' \"$@\"\n",
+            program("make").display()
+        );
+        terminal.install("make", &make);
+        let target = root.join("target");
+        let terminal = terminal.env("CARGO_TARGET_DIR", target.to_str().unwrap());
+        terminal
+            .env("PORT", &port.to_string())
+            .env("MPOOL_TEST_STRICT", "1")
     }
 
     /// The folder in which commands run.
@@ -205,13 +240,8 @@ pub fn copy_folder(from: &Path, to: &Path) {
     }
 }
 
-/// Cargo's target folder: where the tests were built, and `scripts/install-deps` installs.
-pub fn repository_target() -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    let target = test
-        .ancestors()
-        .find(|folder| folder.join("CACHEDIR.TAG").exists());
-    target
-        .expect("the tests are not in a target folder of cargo")
-        .to_owned()
+/// Where `scripts/install-deps test` installs what the examples need.
+pub fn installed_packages() -> PathBuf {
+    let target = std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into());
+    repository().join(target).join("examples")
 }

@@ -1,0 +1,766 @@
+//! The README is true: both languages say the same, every command in it works
+//! in order after `make run`, its tables are complete, and client keys and
+//! tokens show where it says, and nowhere else.
+
+mod support;
+mod typed;
+
+use redis::Value;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+use support::{Client, Options, Server, free_port, text, wait_for};
+use typed::{Terminal, key_in, text_of};
+
+const READMES: [&str; 2] = ["README.md", "README.zh-CN.md"];
+
+/// The fenced blocks of a language, such as `sh`.
+fn blocks(markdown: &str, language: &str) -> Vec<String> {
+    let fence = format!("```{language}\n");
+    let starts = markdown.split(&fence).skip(1);
+    starts
+        .map(|rest| rest.split("```").next().unwrap().to_owned())
+        .collect()
+}
+
+/// The rows of all tables, each as its cells.
+fn rows(markdown: &str) -> Vec<Vec<String>> {
+    let lines = markdown
+        .lines()
+        .filter(|line| line.starts_with('|') && !line.starts_with("| ---"));
+    lines
+        .map(|line| {
+            let line = line.replace("\\|", "\0");
+            let cells = line.trim_matches('|').split('|');
+            cells.map(|cell| cell.trim().replace('\0', "|")).collect()
+        })
+        .collect()
+}
+
+/// What stands in backticks.
+fn code(text: &str) -> Vec<String> {
+    text.split('`')
+        .skip(1)
+        .step_by(2)
+        .map(str::to_owned)
+        .collect()
+}
+
+/// The row whose first cell begins with that code.
+#[track_caller]
+fn row<'a>(rows: &'a [Vec<String>], begin: &str) -> &'a [String] {
+    let found = rows
+        .iter()
+        .find(|row| row[0].starts_with(&format!("`{begin}")));
+    found.unwrap_or_else(|| panic!("no row of {begin}"))
+}
+
+#[test]
+fn both_languages_have_the_same_structure_commands_and_tables() {
+    let [english, chinese] = READMES.map(text_of);
+    let levels = |text: &str| -> Vec<String> {
+        text.lines()
+            .filter(|line| line.starts_with('#'))
+            .map(|line| line.split(' ').next().unwrap().to_owned())
+            .collect()
+    };
+    assert_eq!(levels(&english), levels(&chinese));
+    for language in ["sh", "conf"] {
+        assert_eq!(blocks(&english, language), blocks(&chinese, language));
+    }
+    let (one, other) = (rows(&english), rows(&chinese));
+    assert_eq!(one.len(), other.len());
+    for (one, other) in one.iter().zip(&other) {
+        assert_eq!(one.len(), other.len(), "{other:?}");
+        assert_eq!(code(&one[0]), code(&other[0]));
+        let words = |row: &[String]| {
+            row.iter()
+                .flat_map(|cell| code(cell))
+                .collect::<BTreeSet<_>>()
+        };
+        assert_eq!(words(one), words(other));
+    }
+}
+
+#[test]
+fn every_link_leads_somewhere() {
+    for page in ["README.md", "README.zh-CN.md", "docs/architecture.md"] {
+        for target in text_of(page)
+            .split("](")
+            .skip(1)
+            .map(|rest| rest.split(')').next().unwrap().to_owned())
+        {
+            assert!(
+                support::repository().join(&target).exists(),
+                "{page}: {target}"
+            );
+        }
+    }
+    // The files that the page on the architecture sends its reader to.
+    for word in code(&text_of("docs/architecture.md")) {
+        if word.starts_with("src/") || word.starts_with("docs/") || word.starts_with("tests/") {
+            assert!(
+                support::repository().join(&word).exists(),
+                "docs/architecture.md: {word}"
+            );
+        }
+    }
+}
+
+/// Ends what `make run` started, should a test stop before `make stop`.
+struct Started<'a>(&'a Terminal);
+
+impl Drop for Started<'_> {
+    fn drop(&mut self) {
+        self.0
+            .run("if [[ -f data/redis.pid ]]; then kill -KILL \"$(<data/redis.pid)\"; fi");
+    }
+}
+
+/// Types into a copy of the repository, in one shell, from `make run` to `make stop`.
+fn session(port: u16, typed: &str) -> String {
+    let terminal = Terminal::in_a_copy(port);
+    let _started = Started(&terminal);
+    let outcome = terminal.run(&format!("set -euo pipefail\n{typed}"));
+    let printed = format!("{}\n{}", outcome.stdout, outcome.stderr);
+    assert_eq!(outcome.code, 0, "{printed}");
+    let stopped = terminal.run("make stop").ok();
+    assert!(stopped.contains("Stopped"), "{stopped}");
+    assert!(
+        TcpStream::connect(("127.0.0.1", port)).is_err(),
+        "make stop left it running"
+    );
+    printed
+}
+
+#[test]
+fn every_command_of_the_readme_works_after_make_run() {
+    for readme in READMES {
+        let blocks = blocks(&text_of(readme), "sh");
+        assert_eq!(blocks[0], "make run\n");
+        let printed = session(free_port(), &blocks.join("\n"));
+        for part in [
+            "MPOOL.ACQUIRE",
+            "cargo test",
+            "assigned",
+            "current",
+            "sample-token-not-real",
+            "my-account",
+            "mpool_acquires",
+        ] {
+            assert!(
+                printed.contains(part),
+                "{readme}: {part} is missing in {printed}"
+            );
+        }
+        assert_eq!(
+            printed.matches("Started Redis with mpool").count(),
+            1,
+            "{printed}"
+        );
+    }
+}
+
+#[test]
+fn what_make_run_prints_works_as_typed() {
+    let port = free_port();
+    let terminal = Terminal::in_a_copy(port);
+    let _started = Started(&terminal);
+    let printed = terminal.run("make run").ok();
+    assert!(
+        printed.contains("examples/accounts"),
+        "it says that it lends samples: {printed}"
+    );
+    let key = key_in(&printed);
+    let (_, next) = printed.split_once("Type next:\n").unwrap();
+    let typed: Vec<&str> = next
+        .lines()
+        .map_while(|line| line.strip_prefix("  "))
+        .collect();
+    assert!(typed.len() >= 4, "{printed}");
+    for line in typed {
+        let outcome = terminal.run(line);
+        assert_eq!(outcome.code, 0, "{line}: {outcome:?}");
+    }
+    // Typed again, it uses what is there, and the key is the same.
+    let again = terminal.run("make run").ok();
+    assert_eq!(key_in(&again), key);
+    assert!(again.contains("already runs"), "{again}");
+    let mode = terminal.run("stat -c %a data data/demo-key").ok();
+    assert_eq!(mode, "700\n600\n");
+    terminal.run("make stop").ok();
+    // Nothing that was not there lies about in the repository.
+    let listed = terminal.run("ls").ok();
+    assert_eq!(
+        listed.split_whitespace().collect::<Vec<_>>(),
+        [
+            "Makefile", "account", "data", "examples", "scripts", "shell", "target"
+        ]
+    );
+}
+
+fn server() -> (Server, Client) {
+    let server = Options::default().accounts(&["one", "two"]).start();
+    let client = server.connect();
+    (server, client)
+}
+
+#[test]
+fn the_table_of_commands_is_complete() {
+    let (_server, mut client) = server();
+    let commands: BTreeSet<String> =
+        client.run(&["COMMAND", "LIST", "FILTERBY", "MODULE", "mpool"]);
+    // Debug builds have one for tests.
+    let commands: BTreeSet<String> = commands
+        .into_iter()
+        .map(|name| name.to_uppercase())
+        .filter(|name| name != "MPOOL.PANIC")
+        .collect();
+    let key = client.pool_key();
+    let replies = [
+        (
+            "MPOOL.ACQUIRE",
+            client.map(&["MPOOL.ACQUIRE", &key, "*", "WITHTOKEN"]),
+        ),
+        ("MPOOL.RELEASE", client.map(&["MPOOL.RELEASE", &key])),
+        (
+            "MPOOL.KEYGEN",
+            client.map(&[
+                "MPOOL.KEYGEN",
+                "medium",
+                "pool",
+                "DAYS",
+                "1",
+                "NAME",
+                "x",
+                "NOW",
+                "0",
+            ]),
+        ),
+        ("MPOOL.REVOKE", client.map(&["MPOOL.REVOKE", &key])),
+        (
+            "MPOOL.COOLDOWN",
+            client.map(&["MPOOL.COOLDOWN", "medium", "one", "*", "5", "REASON", "x"]),
+        ),
+        ("MPOOL.RELOAD", client.map(&["MPOOL.RELOAD"])),
+        ("MPOOL.REPAIR", client.map(&["MPOOL.REPAIR"])),
+    ];
+    for readme in READMES {
+        let rows = rows(&text_of(readme));
+        let first_words = rows
+            .iter()
+            .flat_map(|row| code(&row[0]))
+            .map(|word| word.split(' ').next().unwrap().to_owned());
+        let listed: BTreeSet<String> = first_words
+            .filter(|word| word.starts_with("MPOOL.") && word.len() > 7)
+            .collect();
+        assert_eq!(listed, commands, "{readme}");
+        for (command, reply) in &replies {
+            let told = code(&row(&rows, command)[1]);
+            for field in reply.keys() {
+                assert!(
+                    told.contains(field),
+                    "{readme}: {command} does not tell {field}"
+                );
+            }
+        }
+        for state in ["assigned", "current", "rotated", "failover", "bound"] {
+            assert!(row(&rows, "MPOOL.ACQUIRE")[1].contains(state));
+        }
+    }
+}
+
+#[test]
+fn the_table_of_errors_is_complete() {
+    let (_server, mut client) = server();
+    let info: String = client.run(&["INFO", "mpool"]);
+    let codes: BTreeSet<String> = info
+        .lines()
+        .filter_map(|line| line.strip_prefix("mpool_refused_"))
+        .map(|line| line.split(':').next().unwrap().to_uppercase())
+        .collect();
+    assert!(codes.contains("POOLFULL"), "{info}");
+    for readme in READMES {
+        let rows = rows(&text_of(readme));
+        for code in &codes {
+            row(&rows, &format!("{code}`"));
+        }
+    }
+}
+
+#[test]
+fn the_table_of_settings_is_complete_and_has_the_defaults() {
+    let (_server, mut client) = server();
+    let settings: BTreeMap<String, String> = client.run(&["CONFIG", "GET", "mpool.*"]);
+    for readme in READMES {
+        let rows = rows(&text_of(readme));
+        let listed: BTreeSet<String> = rows
+            .iter()
+            .flat_map(|row| code(&row[0]))
+            .filter(|word| word.starts_with("mpool."))
+            .collect();
+        assert_eq!(listed, settings.keys().cloned().collect(), "{readme}");
+        for (name, value) in &settings {
+            if name != "mpool.account-dir" {
+                assert_eq!(
+                    row(&rows, name)[1],
+                    format!("`{value}`"),
+                    "{readme}: {name}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn the_table_of_keys_is_complete() {
+    let server = Options::default()
+        .accounts(&["one", "two"])
+        .file("high/other", r#"{"api_key": "x"}"#)
+        .start();
+    let mut client = server.connect();
+    let key = client.pool_key();
+    client.acquire(&key, 0);
+    client.acquire(&key, support::DAY);
+    let bound = text(&client.map(&["MPOOL.KEYGEN", "high", "other", "NAME", "x"])["key"]);
+    client.ok(&[
+        "MPOOL.COOLDOWN",
+        "medium",
+        "one",
+        "*",
+        "60000",
+        "REASON",
+        "x",
+    ]);
+    client.acquire(&key, support::DAY);
+    let names: Vec<String> = client.run(&["KEYS", "*"]);
+    let mut patterns = BTreeMap::new();
+    for name in &names {
+        let pattern = name.replace(&key, "{key}").replace(&bound, "{key}");
+        let pattern = pattern
+            .replace("medium_", "{tier}_")
+            .replace("high_", "{tier}_");
+        let pattern = ["one", "two", "other"]
+            .iter()
+            .fold(pattern, |text, account| {
+                text.replace(&format!(":{account}"), ":{account}")
+            });
+        let kind: String = client.run(&["TYPE", name]);
+        let fields: Vec<String> = if kind == "hash" {
+            client.run(&["HKEYS", name])
+        } else {
+            Vec::new()
+        };
+        patterns
+            .entry(pattern)
+            .or_insert((kind, BTreeSet::new()))
+            .1
+            .extend(fields);
+    }
+    for readme in READMES {
+        let rows = rows(&text_of(readme));
+        let listed: BTreeSet<String> = rows
+            .iter()
+            .flat_map(|row| code(&row[0]))
+            .filter(|word| word.contains(":{"))
+            .collect();
+        assert_eq!(listed, patterns.keys().cloned().collect(), "{readme}");
+        for (pattern, (kind, fields)) in &patterns {
+            let row = row(&rows, pattern);
+            assert_eq!(&row[1], kind, "{readme}: {pattern}");
+            assert_eq!(
+                &code(&row[2]).into_iter().collect::<BTreeSet<_>>(),
+                fields,
+                "{readme}: {pattern}"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_lines_for_redis_conf_are_accepted() {
+    let folder = tempfile::tempdir().unwrap();
+    for readme in READMES {
+        let mut lines = blocks(&text_of(readme), "conf").concat();
+        lines = lines.replace("/path/to/libmpool.so", support::module().to_str().unwrap());
+        lines = lines.replace("/path/to/account", folder.path().to_str().unwrap());
+        let mut words: Vec<String> = Vec::new();
+        for line in lines.lines() {
+            words.push(format!("--{line}"));
+        }
+        let args: Vec<&str> = words.iter().flat_map(|line| line.split(' ')).collect();
+        let server = Options {
+            bare: true,
+            ..Options::default()
+        }
+        .server(&args)
+        .start();
+        let mut client = server.connect();
+        assert_eq!(
+            client.run::<Vec<String>>(&["CONFIG", "GET", "appendfsync"])[1],
+            "everysec"
+        );
+        assert_eq!(
+            client.run::<Vec<String>>(&["CONFIG", "GET", "maxmemory-policy"])[1],
+            "noeviction"
+        );
+        assert_eq!(
+            client.run::<Vec<String>>(&["CONFIG", "GET", "mpool.rotation-ms"])[1],
+            "86400000"
+        );
+        assert!(
+            !server.log().contains("maxmemory-policy may"),
+            "{}",
+            server.log()
+        );
+    }
+}
+
+#[test]
+fn a_policy_that_may_evict_the_pools_keys_is_warned_of() {
+    for (policy, warned) in [("allkeys-lru", true), ("volatile-lru", false)] {
+        let server = Options::default()
+            .server(&["--maxmemory-policy", policy])
+            .start();
+        assert_eq!(
+            server.log().contains("maxmemory-policy may evict"),
+            warned,
+            "{policy}"
+        );
+    }
+}
+
+#[test]
+fn cluster_mode_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    // Above 55535 there is no room for the cluster's own port.
+    let port = (20_000..50_000)
+        .find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok())
+        .unwrap();
+    let mut command = Command::new("timeout");
+    command.args([
+        "20",
+        "redis-server",
+        "--port",
+        &port.to_string(),
+        "--cluster-enabled",
+        "yes",
+        "--dir",
+    ]);
+    command
+        .arg(folder.path())
+        .arg("--loadmodule")
+        .arg(support::module())
+        .stdin(Stdio::null());
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("use Sentinel"));
+}
+
+/// What MONITOR shows while `act` goes on.
+fn monitored(server: &Server, act: impl FnOnce(&mut Client)) -> Vec<String> {
+    let mut monitor = TcpStream::connect(("127.0.0.1", server.port)).unwrap();
+    monitor
+        .set_read_timeout(Some(Duration::from_millis(50)))
+        .unwrap();
+    monitor.write_all(b"MONITOR\r\n").unwrap();
+    let mut shown = Vec::new();
+    let mut read_until = |end: &str| {
+        wait_for("MONITOR", || {
+            let mut part = [0; 4096];
+            if let Ok(count) = monitor.read(&mut part) {
+                shown.extend_from_slice(&part[..count]);
+            }
+            String::from_utf8_lossy(&shown).contains(end).then_some(())
+        });
+    };
+    read_until("+OK");
+    let mut client = server.connect();
+    act(&mut client);
+    client.ok(&["ECHO", "that-is-all"]);
+    read_until("that-is-all");
+    String::from_utf8(shown)
+        .unwrap()
+        .lines()
+        .map(str::to_owned)
+        .collect()
+}
+
+/// Every command that takes a client key, also within MULTI and a script.
+fn use_key(client: &mut Client, key: &str) {
+    client.ok(&["MPOOL.ACQUIRE", key, "*"]);
+    client.ok(&["MPOOL.ACQUIRE", key, "*", "WITHTOKEN"]);
+    client.ok(&["MPOOL.STATUS", "KEY", key]);
+    client.error(&["MPOOL.ACQUIRE", key, "never"]);
+    client.error(&["MPOOL.ACQUIRE", key, "*", "WITHOUT"]);
+    client.error(&["MPOOL.ACQUIRE", key]);
+    client.ok(&["MULTI"]);
+    client.ok(&["MPOOL.ACQUIRE", key, "*"]);
+    client.ok(&["EXEC"]);
+    client.ok(&[
+        "EVAL",
+        "return redis.call('MPOOL.ACQUIRE', redis.call('GET', 'the-key'), '*')",
+        "0",
+    ]);
+    client.ok(&["MPOOL.RELEASE", key]);
+    client.ok(&["MPOOL.REVOKE", key]);
+}
+
+#[test]
+fn monitor_and_slowlog_show_client_keys_in_redis_key_names_alone() {
+    let (server, mut client) = server();
+    let key = client.pool_key();
+    client.ok(&["SET", "the-key", &key]);
+    client.ok(&["CONFIG", "SET", "slowlog-log-slower-than", "0"]);
+    client.ok(&["SLOWLOG", "RESET"]);
+    let monitored = monitored(&server, |client| use_key(client, &key));
+    let slow: Vec<(u64, u64, u64, Vec<String>, String, String)> =
+        client.run(&["SLOWLOG", "GET", "-1"]);
+    let slow: Vec<String> = slow.into_iter().map(|entry| entry.3.join(" ")).collect();
+    for (place, lines) in [("MONITOR", monitored), ("SLOWLOG", slow)] {
+        let of_mpool = |line: &&String| {
+            line.to_lowercase().contains("mpool.") && !line.to_lowercase().contains("eval")
+        };
+        assert!(
+            lines.iter().filter(of_mpool).count() >= 8,
+            "{place}: {lines:#?}"
+        );
+        for line in lines.iter().filter(of_mpool) {
+            assert!(
+                !line.contains(&key) && line.contains("(redacted)"),
+                "{place}: {line}"
+            );
+        }
+        // The module's own writes name Redis keys, and those hold the client key.
+        assert!(
+            lines
+                .iter()
+                .any(|line| line.contains(&format!("key_rotation:{key}"))),
+            "{place}: {lines:#?}"
+        );
+        for line in lines.iter().filter(|line| line.contains(&key)) {
+            let named = [format!("key_rotation:{key}"), format!("client_keys:{key}")];
+            assert!(
+                named.iter().any(|name| line.contains(name)),
+                "{place}: {line}"
+            );
+        }
+        assert!(
+            !lines.iter().any(|line| line.contains("token-of-")),
+            "{place}: {lines:#?}"
+        );
+    }
+    // By default only what takes 10 ms is logged.
+    assert_eq!(
+        self::server()
+            .1
+            .run::<Vec<String>>(&["CONFIG", "GET", "slowlog-log-slower-than"])[1],
+        "10000"
+    );
+}
+
+#[test]
+fn monitor_shows_what_is_typed_with_a_client_key_in_it() {
+    let (server, mut client) = server();
+    let key = client.pool_key();
+    let lines = monitored(&server, |client| {
+        client.ok(&["HGETALL", &format!("key_rotation:{key}")]);
+        client.ok(&[
+            "EVAL",
+            "return redis.call('MPOOL.ACQUIRE', KEYS[1], '*')",
+            "1",
+            &key,
+        ]);
+    });
+    for command in ["HGETALL", "EVAL"] {
+        assert!(
+            lines
+                .iter()
+                .any(|line| line.contains(command) && line.contains(&key)),
+            "{command}: {lines:#?}"
+        );
+    }
+}
+
+#[test]
+fn what_is_kept_on_disk_holds_client_keys_and_never_a_token() {
+    let options = Options::default().accounts(&["one", "two"]);
+    let server = options
+        .server(&[
+            "--appendonly",
+            "yes",
+            "--appendfsync",
+            "always",
+            "--rdbcompression",
+            "no",
+        ])
+        .start();
+    let mut client = server.connect();
+    let key = client.pool_key();
+    client.ok(&["SET", "the-key", &key]);
+    client.ok(&["MPOOL.ACQUIRE", &key, "*", "WITHTOKEN"]);
+    client.ok(&["SAVE"]);
+    use_key(&mut client, &key);
+    let data = server.folder.path().join("data");
+    let find = |bytes: &[u8], text: &str| {
+        bytes
+            .windows(text.len())
+            .any(|window| window == text.as_bytes())
+    };
+    let mut kinds = BTreeSet::new();
+    let files = fs::read_dir(&data)
+        .unwrap()
+        .chain(fs::read_dir(data.join("appendonlydir")).unwrap());
+    for path in files
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.is_file())
+    {
+        let bytes = fs::read(&path).unwrap();
+        assert!(
+            !find(&bytes, "token-of-"),
+            "{} holds a token",
+            path.display()
+        );
+        if find(&bytes, &format!("client_keys:{key}")) {
+            kinds.insert(path.extension().unwrap().to_str().unwrap().to_owned());
+        }
+        if path.ends_with("log") {
+            assert!(!find(&bytes, &key), "the log holds a client key");
+        }
+    }
+    assert_eq!(kinds, BTreeSet::from(["aof".to_owned(), "rdb".to_owned()]));
+}
+
+#[test]
+fn status_info_and_errors_hold_neither_client_keys_nor_tokens() {
+    let (_server, mut client) = server();
+    let key = client.pool_key();
+    client.ok(&["MPOOL.ACQUIRE", &key, "*"]);
+    let mut shown = String::new();
+    for words in [
+        &["MPOOL.STATUS"][..],
+        &["MPOOL.STATUS", "ACCOUNTS", "medium"],
+        &["MPOOL.STATUS", "LEASES", "medium"],
+        &["MPOOL.STATUS", "KEY", &key],
+        &["INFO", "everything"],
+        &["MPOOL.RELOAD"],
+        &["MPOOL.REPAIR"],
+    ] {
+        shown += &format!("{:?}\n", client.run::<Value>(words));
+    }
+    shown += &client.error(&["MPOOL.ACQUIRE", &key, "never"]);
+    shown += &client.error(&["MPOOL.STATUS", "KEY", &key, "NOW", &key]);
+    client.ok(&["MPOOL.REVOKE", &key]);
+    shown += &client.error(&["MPOOL.ACQUIRE", &key, "*"]);
+    assert!(!shown.contains(&key), "{shown}");
+    assert!(!shown.contains("token-of-"), "{shown}");
+    assert!(
+        shown.contains(&format!("{}...{}", &key[..14], &key[key.len() - 4..])),
+        "{shown}"
+    );
+}
+
+#[test]
+fn keyspace_notifications_and_scan_hold_client_keys() {
+    let (server, mut client) = server();
+    let key = client.pool_key();
+    client.ok(&["CONFIG", "SET", "notify-keyspace-events", "KEA"]);
+    let mut listener = server.connect();
+    let mut events = listener.connection.as_pubsub();
+    events.psubscribe("*").unwrap();
+    client.ok(&["MPOOL.ACQUIRE", &key, "*"]);
+    let channel = events.get_message().unwrap().get_channel_name().to_owned();
+    assert!(
+        channel.ends_with(&format!("key_rotation:{key}")),
+        "{channel}"
+    );
+    let (_, names): (String, Vec<String>) = client.run(&["SCAN", "0", "COUNT", "1000"]);
+    assert!(names.contains(&format!("client_keys:{key}")), "{names:?}");
+}
+
+#[test]
+fn settings_that_are_changed_at_run_time_count_from_then_on() {
+    let (_server, mut client) = server();
+    let keys: Vec<String> = (0..4).map(|_| client.pool_key()).collect();
+    for key in &keys {
+        client.acquire(key, 0);
+    }
+    client.ok(&["CONFIG", "SET", "mpool.rotation-ms", "60000"]);
+    client.ok(&["CONFIG", "SET", "mpool.slots-per-account", "1"]);
+    let holders: Vec<&String> = keys
+        .iter()
+        .filter(|key| client.try_acquire(key, 1).is_ok())
+        .collect();
+    assert_eq!(
+        holders.len(),
+        2,
+        "holders beyond the lowered number move on, and nothing is free"
+    );
+    client.check_invariants(1);
+    client.ok(&["MPOOL.RELEASE", holders[0]]);
+    assert_eq!(client.acquire(holders[0], 5).next, Some(60_005));
+    for (name, value) in [
+        ("slots-per-account", "0"),
+        ("slots-per-account", "1025"),
+        ("rotation-ms", "-1"),
+        ("account-dir", ""),
+    ] {
+        client.error(&["CONFIG", "SET", &format!("mpool.{name}"), value]);
+    }
+}
+
+#[test]
+fn without_the_module_the_error_repeats_the_client_key() {
+    let server = Options {
+        bare: true,
+        ..Options::default()
+    }
+    .start();
+    let mut client = server.connect();
+    let error = client.error(&["MPOOL.ACQUIRE", "sk-cli-v1-secret", "*"]);
+    assert!(error.contains("sk-cli-v1-secret"), "{error}");
+}
+
+#[test]
+fn the_proxys_user_may_do_what_it_must_and_no_more() {
+    for readme in READMES {
+        let (server, mut client) = server();
+        let key = client.pool_key();
+        let command = blocks(&text_of(readme), "sh").pop().unwrap();
+        assert!(command.contains("ACL SETUSER proxy"), "{command}");
+        Terminal::of(&server)
+            .env("MPOOL_TEST_STRICT", "1")
+            .run(&command)
+            .ok();
+        let mut proxy = Client::open(&format!(
+            "redis://proxy:choose-a-password@127.0.0.1:{}/",
+            server.port
+        ));
+        let lease = proxy.map(&["MPOOL.ACQUIRE", &key, "*", "WITHTOKEN"]);
+        proxy.ok(&[
+            "MPOOL.COOLDOWN",
+            "medium",
+            &text(&lease["account"]),
+            "*",
+            "1000",
+        ]);
+        for refused in [
+            &["MPOOL.KEYGEN", "medium", "POOL"][..],
+            &["MPOOL.STATUS"],
+            &["MPOOL.REVOKE", &key],
+            &["GET", "medium_pool:slots:one"],
+            &["KEYS", "*"],
+            &["MONITOR"],
+            &["SLOWLOG", "GET"],
+            &["CONFIG", "GET", "*"],
+        ] {
+            assert!(
+                proxy.error(refused).contains("no permissions"),
+                "{refused:?}"
+            );
+        }
+    }
+}
