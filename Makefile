@@ -6,6 +6,10 @@
 .NOTPARALLEL:
 .PHONY: help run stop test lint unit integration bench build clean deps-test deps-bench
 
+# The folder that make was called from, even with -C: what `make run` prints
+# is to work there.
+export MPOOL_CALLED_FROM := $(PWD)
+
 # Every script, by name or by kind.
 SCRIPTS = $(wildcard shell/*.sh scripts/* .ci/run examples/*.sh)
 

@@ -4,15 +4,12 @@
 
 use crate::accounts::{Change, Scan, Sink};
 use crate::ffi::{self, Gil};
-use crate::node::{self, Node, SETTLE_LIMIT};
+use crate::node::{self, Arrival, Node, SETTLE_LIMIT};
 use crate::pool::{File, Tier};
 use redis_module::ContextFlags;
 use redis_module::logging::RedisLogLevel;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-
-/// Changes brought in under one hold of the lock.
-const BATCH: usize = 64;
 
 /// Takes changes of account files into the pool.
 #[derive(Debug)]
@@ -28,24 +25,17 @@ impl Background {
 
 impl Sink for Background {
     fn apply(&mut self, scan: Scan) {
-        let mut changes = scan.changes.into_iter().peekable();
-        while changes.peek().is_some() {
+        let looked = scan.complete.then_some(Arrival::Looked(scan.readable));
+        node::arrive(scan.changes.into_iter().map(Arrival::Change).chain(looked));
+        loop {
             let Some(gil) = self.lock() else { return };
-            let done = node::with(|node| {
-                for change in changes.by_ref().take(BATCH) {
-                    enter(node, change);
-                }
-            });
-            if done.is_err() {
-                return;
-            }
+            let more = node::take_in();
             // A holder whose account is gone must find another at its very next
             // acquire, and everyone else its slots: so with the change itself.
             put_right(&gil);
-        }
-        if scan.complete {
-            let Some(_gil) = self.lock() else { return };
-            let _ = node::with(|node| trust(node, scan.readable));
+            if more != Ok(true) {
+                break;
+            }
         }
         self.settle();
     }
@@ -83,7 +73,7 @@ fn put_right(gil: &Gil) -> Progress {
         return Progress::NotNow;
     }
     let outcome = ffi::guarded("putting things right", || {
-        node::ensure_sound(&gil.ctx)?;
+        node::refresh(&gil.ctx)?;
         node::settle(&gil.ctx, SETTLE_LIMIT)
     });
     match outcome {

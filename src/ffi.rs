@@ -298,6 +298,8 @@ extern "C" fn run_command<C: Command>(
         Some(Err(failure)) => failure,
         None => Failure::Internal,
     };
+    // A key at the wrong place is still a key.
+    (1..call.len()).for_each(|place| call.redact(place));
     if !call.replied.get() {
         call.reply().error(&failure);
     }
@@ -517,6 +519,54 @@ pub(crate) fn read_hash<const N: usize>(
         (!value.is_null()).then(|| RedisString::from_redis_module_string(ptr::null_mut(), value))
     });
     Ok(Some(values))
+}
+
+/// Calls `found` with the name of each key of the database. It must not touch
+/// the keyspace meanwhile; `between` may, and is called between portions.
+///
+/// The crate's own cursor keeps a reference to every name for ever.
+pub(crate) fn scan<F: FnMut(&[u8])>(
+    ctx: &Context,
+    mut found: F,
+    mut between: impl FnMut(&mut F),
+) -> Option<()> {
+    // SAFETY: the cursor is made, used and destroyed here; the callback gets
+    // the pointer to `found` back as what it is, and only during the call.
+    unsafe {
+        let (scan, create, destroy) = (
+            raw::RedisModule_Scan?,
+            raw::RedisModule_ScanCursorCreate?,
+            raw::RedisModule_ScanCursorDestroy?,
+        );
+        let cursor = create();
+        loop {
+            let more = scan(
+                ctx.ctx,
+                cursor,
+                Some(on_scanned::<F>),
+                (&raw mut found).cast::<c_void>(),
+            );
+            between(&mut found);
+            if more == 0 {
+                break;
+            }
+        }
+        destroy(cursor);
+    }
+    Some(())
+}
+
+unsafe extern "C" fn on_scanned<F: FnMut(&[u8])>(
+    _ctx: *mut raw::RedisModuleCtx,
+    name: *mut raw::RedisModuleString,
+    _key: *mut raw::RedisModuleKey,
+    found: *mut c_void,
+) {
+    // SAFETY: `scan` passes a pointer to its closure, which nobody else uses
+    // until it returns.
+    if let Some(found) = unsafe { found.cast::<F>().as_mut() } {
+        guarded("a scan", || found(RedisString::string_as_slice(name)));
+    }
 }
 
 /// Whether a key is free for a hash: not there, or holding one.

@@ -153,6 +153,7 @@ fn unload(_ctx: &Context) -> Status {
             return Status::Err;
         }
         node::install(None);
+        node::forget_arrivals();
         ffi::close_detached();
         Status::Ok
     })

@@ -2,14 +2,16 @@
 //! source, the account files that can't be used, the watcher. Commands and
 //! events reach it here, and nobody holds on to it while Redis is written to.
 
-use crate::accounts::Watcher;
+use crate::accounts::{Change, Watcher};
+use crate::background;
 use crate::errors::{CODES, Failure};
+use crate::ffi;
 use crate::pool::{Effect, Pool, State, Tier};
 use crate::store::{self, PoolKey};
 use rand::rngs::SmallRng;
-use redis_module::{Context, ContextFlags, KeysCursor};
+use redis_module::{Context, ContextFlags};
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError, TryLockError};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -144,31 +146,58 @@ pub(crate) fn clock() -> i64 {
 
 /// Makes the view from the keyspace anew.
 pub(crate) fn rebuilt(ctx: &Context) -> Result<Pool, Failure> {
-    let pool = RefCell::new(with(|node| node.pool.without_keyspace())?);
-    let cursor = KeysCursor::new();
+    let mut pool = with(|node| node.pool.without_keyspace())?;
     let names = RefCell::new(Vec::new());
-    let collect =
-        |_: &Context, name: &redis_module::RedisString, _: Option<&redis_module::key::RedisKey>| {
-            if PoolKey::parse(name.as_slice()).is_some() {
-                names.borrow_mut().push(name.as_slice().to_vec());
-            }
-        };
-    loop {
-        let more = cursor.scan(ctx, &collect);
+    let collect = |name: &[u8]| {
+        if PoolKey::parse(name).is_some() {
+            names.borrow_mut().push(name.to_vec());
+        }
+    };
+    ffi::scan(ctx, collect, |_| {
         for name in names.take() {
             if let Some(key) = PoolKey::parse(&name) {
-                key.read(ctx).enter(&mut pool.borrow_mut());
+                key.read(ctx).enter(&mut pool);
             }
         }
-        if !more {
-            break;
-        }
-    }
-    Ok(pool.into_inner())
+    })
+    .ok_or(Failure::Internal)?;
+    Ok(pool)
 }
 
-/// Rebuilds the view if a panic has made it doubtful.
-pub(crate) fn ensure_sound(ctx: &Context) -> Result<(), Failure> {
+/// News of the account files on their way into the pool.
+#[derive(Debug)]
+pub(crate) enum Arrival {
+    Change(Change),
+    /// All folders have been looked at; by tier, whether it could be read.
+    Looked([bool; 3]),
+}
+
+/// News that the watcher has and the pool hasn't. Whoever comes first brings it
+/// in: the watcher once it has the server's lock, which may take a while on a
+/// busy server, or a command.
+static ARRIVALS: Mutex<VecDeque<Arrival>> = Mutex::new(VecDeque::new());
+static HAS_ARRIVALS: AtomicBool = AtomicBool::new(false);
+
+/// Hands over news; from any thread.
+pub(crate) fn arrive(news: impl IntoIterator<Item = Arrival>) {
+    let mut arrivals = ARRIVALS.lock().unwrap_or_else(PoisonError::into_inner);
+    arrivals.extend(news);
+    HAS_ARRIVALS.store(!arrivals.is_empty(), Ordering::Release);
+}
+
+/// Drops what has arrived, at the module's end.
+pub(crate) fn forget_arrivals() {
+    ARRIVALS
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .clear();
+    HAS_ARRIVALS.store(false, Ordering::Release);
+}
+
+/// Makes the view fit to answer from: brings in news of account files, and
+/// rebuilds it if a panic has made it doubtful.
+pub(crate) fn refresh(ctx: &Context) -> Result<(), Failure> {
+    take_in()?;
     if SUSPECT.swap(false, Ordering::Relaxed) {
         let pool = rebuilt(ctx)?;
         with(|node| node.pool = pool)?;
@@ -176,10 +205,33 @@ pub(crate) fn ensure_sound(ctx: &Context) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Brings in a portion of the news; answers whether there is more.
+pub(crate) fn take_in() -> Result<bool, Failure> {
+    if !HAS_ARRIVALS.load(Ordering::Acquire) {
+        return Ok(false);
+    }
+    let (news, more) = {
+        let mut arrivals = ARRIVALS.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = arrivals.len().min(SETTLE_LIMIT);
+        let news: Vec<Arrival> = arrivals.drain(..count).collect();
+        HAS_ARRIVALS.store(!arrivals.is_empty(), Ordering::Release);
+        (news, !arrivals.is_empty())
+    };
+    with(|node| {
+        for arrival in news {
+            match arrival {
+                Arrival::Change(change) => background::enter(node, change),
+                Arrival::Looked(readable) => background::trust(node, readable),
+            }
+        }
+    })?;
+    Ok(more)
+}
+
 /// Before a command that may write: puts right what changes by hand have left,
 /// as far as one command should.
 pub(crate) fn prepare(ctx: &Context) -> Result<(), Failure> {
-    ensure_sound(ctx)?;
+    refresh(ctx)?;
     settle(ctx, SETTLE_LIMIT).map(drop)
 }
 
@@ -220,7 +272,8 @@ pub(crate) fn apply(ctx: &Context, effects: &[Effect]) -> Result<(), Failure> {
 /// The same for a command that the server would refuse when it is out of
 /// memory: then nothing is written.
 pub(crate) fn apply_unless_full(ctx: &Context, effects: &[Effect]) -> Result<(), Failure> {
-    if !effects.is_empty() && ctx.get_flags().contains(ContextFlags::OOM) {
+    // Over its limit, the server may still find room by evicting; only it knows.
+    if !effects.is_empty() && ctx.get_flags().contains(ContextFlags::OOM) && !store::has_room(ctx) {
         return Err(Failure::OutOfMemory);
     }
     apply(ctx, effects)

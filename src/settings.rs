@@ -10,9 +10,11 @@ use redis_module::configuration::{
     register_string_configuration,
 };
 use redis_module::logging::RedisLogLevel;
-use redis_module::{ConfigurationValue, Context, RedisError, RedisString};
+use redis_module::{ConfigurationValue, Context, RedisError, RedisString, raw};
+use std::mem::ManuallyDrop;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::ptr;
+use std::sync::atomic::{AtomicI64, AtomicPtr, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 const ACCEPTED: &str = "accepted module arguments are: account-dir FOLDER, \
@@ -22,11 +24,29 @@ static SLOTS_PER_ACCOUNT: AtomicI64 = AtomicI64::new(DEFAULT_CAPACITY as i64);
 static ROTATION_MS: AtomicI64 = AtomicI64::new(DEFAULT_ROTATION_MS);
 static ACCOUNT_DIR: AccountDir = AccountDir(Mutex::new(String::new()));
 
+/// The account folder as `CONFIG GET` shows it.
+static SHOWN: AtomicPtr<raw::RedisModuleString> = AtomicPtr::new(ptr::null_mut());
+
 /// The folder with the account files. A folder that isn't there yet is all
 /// right: it may be mounted later.
 struct AccountDir(Mutex<String>);
 
 impl AccountDir {
+    fn store(&self, folder: String) {
+        let shown = ManuallyDrop::new(RedisString::create_from_slice(
+            ptr::null_mut(),
+            folder.as_bytes(),
+        ));
+        let former = SHOWN.swap(shown.inner, Ordering::AcqRel);
+        if !former.is_null() {
+            drop(RedisString::from_redis_module_string(
+                ptr::null_mut(),
+                former,
+            ));
+        }
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = folder;
+    }
+
     fn text(&self) -> String {
         self.0
             .lock()
@@ -37,12 +57,14 @@ impl AccountDir {
 
 impl ConfigurationValue<RedisString> for AccountDir {
     fn get(&self, _ctx: &ConfigurationContext) -> RedisString {
-        RedisString::create_from_slice(std::ptr::null_mut(), self.text().as_bytes())
+        // Redis copies what it is shown and never frees it: this is the one
+        // string kept for that, shown without a reference of its own.
+        RedisString::from_redis_module_string(ptr::null_mut(), SHOWN.load(Ordering::Acquire))
     }
 
     fn set(&self, _ctx: &ConfigurationContext, value: RedisString) -> Result<(), RedisError> {
         let folder = folder(value.as_slice()).map_err(RedisError::Str)?;
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = folder;
+        self.store(folder);
         Ok(())
     }
 }
@@ -122,11 +144,7 @@ pub(crate) fn register(ctx: &Context, args: &[RedisString]) -> Result<(), ()> {
     // The server applies the defaults too; this is for one that does not.
     SLOTS_PER_ACCOUNT.store(args.slots_per_account, Ordering::Relaxed);
     ROTATION_MS.store(args.rotation_ms, Ordering::Relaxed);
-    ACCOUNT_DIR
-        .0
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .clone_from(&args.account_dir);
+    ACCOUNT_DIR.store(args.account_dir.clone());
     register_i64_configuration(
         ctx,
         "slots-per-account",

@@ -238,6 +238,17 @@ pub(crate) fn apply(ctx: &Context, effects: &[Effect]) -> Result<(), Failure> {
     effects.iter().try_for_each(|effect| writer.apply(effect))
 }
 
+/// Whether the server would take a write that needs memory now. Asks it by one
+/// that does nothing: a push onto a list that isn't there.
+pub(crate) fn has_room(ctx: &Context) -> bool {
+    let options = CallOptionsBuilder::new()
+        .verify_oom()
+        .errors_as_replies()
+        .build();
+    let result: CallResult<'_> = ctx.call_ext("LPUSHX", &options, &["mpool:no-such-list", ""]);
+    result.is_ok()
+}
+
 struct Writer<'a> {
     ctx: &'a Context,
     options: CallOptions,

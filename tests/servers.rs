@@ -728,3 +728,62 @@ fn a_writable_replica_lives_on() {
     other.check_repair();
     assert!(replica.is_alive());
 }
+
+/// `used_memory`, in bytes.
+fn used_memory(client: &mut Client) -> i64 {
+    let info: redis::InfoDict = client.run(&["INFO", "memory"]);
+    info.get("used_memory").unwrap()
+}
+
+#[test]
+fn repairs_and_looks_at_the_settings_keep_no_memory() {
+    let server = Options::default().accounts(&["a"]).start();
+    let mut client = server.connect();
+    client.ok(&[
+        "DEBUG",
+        "POPULATE",
+        "2000",
+        "a-key-of-somebody-else-with-a-long-name",
+        "8",
+    ]);
+    let work: [&[&str]; 2] = [&["MPOOL.REPAIR"], &["CONFIG", "GET", "mpool.account-dir"]];
+    for command in work {
+        let rounds = |client: &mut Client| (0..300).for_each(|_| client.ok(command));
+        // What is allocated once is allocated now.
+        rounds(&mut client);
+        let before = used_memory(&mut client);
+        rounds(&mut client);
+        let grown = used_memory(&mut client) - before;
+        assert!(
+            grown < 50_000,
+            "{command:?} keeps {grown} bytes in 300 calls"
+        );
+    }
+}
+
+#[test]
+fn while_the_server_makes_room_by_evicting_nobody_is_refused() {
+    let server = Options::default().accounts(&["a", "b"]).start();
+    let mut client = server.connect();
+    let key = client.pool_key();
+    let fill = "for i = 1, 200000 do redis.call('SET', 'app:' .. i, 'something', 'EX', 10000) end";
+    client.ok(&["EVAL", fill, "0"]);
+    client.ok(&[
+        "CONFIG",
+        "SET",
+        "maxmemory-policy",
+        "volatile-lru",
+        "maxmemory-eviction-tenacity",
+        "0",
+    ]);
+    let limit = used_memory(&mut client) * 3 / 4;
+    client.ok(&["CONFIG", "SET", "maxmemory", &limit.to_string()]);
+    for now in 0..500 {
+        client.ok(&["MPOOL.RELEASE", &key]);
+        assert_eq!(client.acquire(&key, now).state, "assigned");
+    }
+    assert!(
+        used_memory(&mut client) > limit,
+        "the server was over its limit all the while"
+    );
+}

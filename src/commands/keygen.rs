@@ -9,7 +9,6 @@ use crate::pool::{Refusal, Tier, names};
 use crate::store::{self, Registration};
 use rand::TryRng;
 use rand::rngs::SysRng;
-use redis_module::ContextFlags;
 
 const DEFAULT_DAYS: i64 = 30;
 const MAX_DAYS: i64 = 36_500;
@@ -65,9 +64,6 @@ impl Command for Keygen {
         }
         let key = generate()?;
         let expires_at = created_at.saturating_add(days.saturating_mul(DAY_MS));
-        if call.ctx.get_flags().contains(ContextFlags::OOM) {
-            return Err(Failure::OutOfMemory);
-        }
         let new = Registration {
             key: &key,
             tier,

@@ -86,7 +86,7 @@ fn count(bytes: Option<&[u8]>) -> Result<usize, Failure> {
 fn whole(call: &Call<'_>) -> Result<(), Failure> {
     let [at] = super::options(call, 1, ["NOW"])?;
     let now = now(at)?;
-    node::ensure_sound(&call.ctx)?;
+    node::refresh(&call.ctx)?;
     node::with(|node| {
         let tiers = Tier::ALL.map(|tier| (tier, node.pool.summary(tier, now)));
         let reply = call.reply();
@@ -136,7 +136,7 @@ fn accounts(call: &Call<'_>) -> Result<(), Failure> {
     let cursor = cursor.ok_or(Failure::Syntax(
         "CURSOR must be 0 or what the page before ended with",
     ))?;
-    node::ensure_sound(&call.ctx)?;
+    node::refresh(&call.ctx)?;
     node::with(|node| {
         let page = node.pool.account_page(tier, now, cursor, limit);
         let reply = call.reply();
@@ -161,7 +161,7 @@ fn leases(call: &Call<'_>) -> Result<(), Failure> {
             ))?)
         }
     };
-    node::ensure_sound(&call.ctx)?;
+    node::refresh(&call.ctx)?;
     node::with(|node| {
         // Only the pooled tier has leases.
         let limit = if tier.is_pooled() { limit } else { 0 };
@@ -225,7 +225,7 @@ fn key(call: &Call<'_>) -> Result<(), Failure> {
     let key = super::key(call, 2)?;
     let [at] = super::options(call, 3, ["NOW"])?;
     let now = now(at)?;
-    node::ensure_sound(&call.ctx)?;
+    node::refresh(&call.ctx)?;
     let [created_at, label] = store::read_label(&call.ctx, key);
     let created_at = created_at.and_then(|text| super::number(Some(&text), 0, i64::MAX));
     node::with(|node| {

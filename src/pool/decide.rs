@@ -2,7 +2,7 @@
 //! make it true, and leaves the view as it was.
 
 use super::account::{Account, Class};
-use super::key::{NEVER, Standing};
+use super::key::{Key, NEVER, Standing};
 use super::{AccountId, Effect, File, KeyId, Pool, SWEEP_LIMIT, Tier, key::Flaw};
 use crate::accounts::Credential;
 use rand::{Rng, RngExt};
@@ -168,10 +168,11 @@ impl Pool {
         self.supposing = true;
         let own = self.suppose_free(id, &mut supposed);
         let avoided = own.or_else(|| self.key(id).and_then(|key| key.previous));
-        self.suppose_swept(now, SWEEP_LIMIT, &mut supposed);
-        while self.tier(Tier::Medium).least_used().is_none() {
-            if !self.suppose_swept(now, 1, &mut supposed) {
-                break;
+        // Freed slots help only on accounts that can be lent.
+        if self.tier(Tier::Medium).tally.lendable > 0 {
+            self.suppose_swept(now, SWEEP_LIMIT, &mut supposed);
+            if self.tier(Tier::Medium).least_used().is_none() {
+                self.suppose_one_free(now, &mut supposed);
             }
         }
         let chosen = self.pick(avoided, rng).or_else(|| {
@@ -285,6 +286,23 @@ impl Pool {
             }
         }
         limit > 0
+    }
+
+    /// Supposes that an overdue lease of a lendable account is free, if there is
+    /// one: then nobody is refused for the sweep's limit.
+    fn suppose_one_free(&mut self, now: i64, supposed: &mut Vec<Supposed>) {
+        let lendable = |key: &Key| {
+            let account = key.holds.and_then(|id| self.account(id));
+            account.is_some_and(|account| account.class == Class::Lendable)
+        };
+        let mut overdue = self
+            .due
+            .iter()
+            .take_while(|&&(due, _)| due <= now)
+            .map(|&(_, id)| id);
+        if let Some(key) = overdue.find(|&id| self.key(id).is_some_and(lendable)) {
+            self.suppose_free(key, supposed);
+        }
     }
 
     fn suppose_free(&mut self, key: KeyId, supposed: &mut Vec<Supposed>) -> Option<AccountId> {

@@ -288,6 +288,34 @@ fn one_command_frees_a_bounded_number_of_overdue_leases_and_never_refuses_for_it
 }
 
 #[test]
+fn an_overdue_slot_is_found_behind_any_number_that_help_nobody() {
+    let keys: Vec<String> = (0..120).map(|n| format!("k{n}")).collect();
+    let mut world = world(&[], &keys.iter().map(String::as_str).collect::<Vec<_>>());
+    world.set_capacity(40);
+    // More leases than one sweep frees, on accounts whose tokens end ...
+    for account in ["old", "older"] {
+        world.set_file(Tier::Medium, account, Some(Some(credential(Some(50)))));
+    }
+    keys.iter().take(80).for_each(|key| drop(world.get(key, 0)));
+    // ... and behind them those that fill the one that can be lent.
+    world.set_file(Tier::Medium, "new", Some(Some(credential(None))));
+    keys.iter().skip(80).for_each(|key| drop(world.get(key, 1)));
+    world.set_record("late", Some(pooled(None)));
+    assert_eq!(
+        world.refusal("late", DAY),
+        Refusal::PoolFull {
+            next: Some(DAY + 1)
+        }
+    );
+    assert_eq!(world.get("late", DAY + 1).0, "new");
+    world.set_file(Tier::Medium, "new", Some(Some(credential(Some(50)))));
+    assert_eq!(
+        world.refusal("late", DAY + 1),
+        Refusal::NoAccount { next: None }
+    );
+}
+
+#[test]
 fn a_name_without_a_file_is_left_alone_where_files_are_not_known() {
     let mut world = World::new(2, DAY);
     world.pool.follow();
