@@ -642,6 +642,9 @@ pub(crate) fn close_detached() {
     }
 }
 
+/// How long a thread waits before it asks for the server's lock again.
+const GIL_PAUSE: Duration = Duration::from_micros(200);
+
 /// The server's lock, held by a thread of the module.
 pub(crate) struct Gil {
     pub(crate) ctx: Context,
@@ -651,7 +654,6 @@ impl Gil {
     /// Takes the lock, or none once `give_up` says so. Never waits for the main
     /// thread blindly: that one may be waiting for this thread to end.
     pub(crate) fn take(give_up: impl Fn() -> bool) -> Option<Self> {
-        const PAUSE: Duration = Duration::from_micros(200);
         loop {
             let ctx = DETACHED.load(Ordering::Acquire);
             if ctx.is_null() || give_up() {
@@ -666,7 +668,7 @@ impl Gil {
                         ctx: Context::new(ctx),
                     });
                 }
-                Some(_) => std::thread::sleep(PAUSE),
+                Some(_) => std::thread::sleep(GIL_PAUSE),
             }
         }
     }
@@ -680,6 +682,9 @@ impl Drop for Gil {
                 unlock(self.ctx.ctx);
             }
         }
+        // The main thread needs a moment to wake and take it. Without one, a
+        // thread that comes back at once keeps it out for as long as it has work.
+        std::thread::sleep(GIL_PAUSE);
     }
 }
 

@@ -94,7 +94,10 @@ impl<'a> PoolKey<'a> {
             Self::Slots(tier, account) => {
                 let stored = match read_string(ctx, &name) {
                     Ok(None) => Stored::Absent,
-                    Ok(Some(text)) => decimal(&text).map_or(Stored::Garbage, Stored::Count),
+                    Ok(Some(text)) => decimal(&text)
+                        // Redis would not take 01 or +1 for a number.
+                        .filter(|count| count.to_string().as_bytes() == text)
+                        .map_or(Stored::Garbage, Stored::Count),
                     Err(WrongType) => Stored::Garbage,
                 };
                 Observation::Slots(tier, account, stored)

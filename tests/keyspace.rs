@@ -213,6 +213,7 @@ fn changes_of_a_counter() {
         ("SET medium_pool:slots:{a} -3", Current),
         ("SET medium_pool:slots:{a} many", Current),
         ("SET medium_pool:slots:{a} 01", Current),
+        ("SET medium_pool:slots:{a} +1", Current),
         ("INCR medium_pool:slots:{a}", Current),
         ("DEL medium_pool:slots:{a}", Current),
         (

@@ -3,7 +3,7 @@
 use super::ReplyExt;
 use crate::errors::Failure;
 use crate::ffi::{Call, Command, Spec};
-use crate::node;
+use crate::node::{self, SETTLE_LIMIT};
 use crate::pool::Effect;
 
 pub(crate) struct Repair;
@@ -29,11 +29,8 @@ impl Command for Repair {
             differences
         })?;
         let (mut counters, mut leases) = (0, 0);
-        loop {
-            let effects = node::with(|node| node.pool.settle(usize::MAX))?;
-            if effects.is_empty() {
-                break;
-            }
+        while node::with(|node| node.pool.has_backlog())? {
+            let effects = node::with(|node| node.pool.settle(SETTLE_LIMIT))?;
             for effect in &effects {
                 match effect {
                     Effect::Slots { .. } | Effect::Leave { .. } => counters += 1,

@@ -231,8 +231,10 @@ fn truth(text: &[u8]) -> Option<bool> {
 
 /// Unix ms in decimal. Negative instants are none.
 pub(crate) fn instant(text: &[u8]) -> Option<i64> {
-    let number = std::str::from_utf8(text).ok()?.parse::<i64>().ok()?;
-    (number >= 0).then_some(number)
+    if !text.iter().all(u8::is_ascii_digit) {
+        return None;
+    }
+    std::str::from_utf8(text).ok()?.parse().ok()
 }
 
 #[cfg(test)]
@@ -309,7 +311,7 @@ mod tests {
                 ..
             }
         ));
-        for text in ["-1", "soon", "1e3", "99999999999999999999"] {
+        for text in ["-1", "+1", "soon", "1e3", "99999999999999999999"] {
             assert!(matches!(with(text), KeyRecord::Malformed(_)), "{text}");
         }
     }

@@ -141,7 +141,7 @@ pub(crate) struct Pool {
 }
 
 /// Something that may need putting right.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Item {
     Account(AccountId),
     Key(KeyId),

@@ -5,6 +5,7 @@
 use super::account::{Account, Class};
 use super::key::{NEVER, Standing};
 use super::{AccountId, Effect, Item, KeyId, Pool, Stored};
+use std::collections::HashSet;
 
 /// Beyond this many entries more than there are things, the backlog holds
 /// leftovers of things that are gone and is cleared of them.
@@ -60,10 +61,9 @@ impl Pool {
             .as_mut()
             .map(std::mem::take)
             .unwrap_or_default();
-        let mut done: Vec<Item> = Vec::with_capacity(items.len());
+        let mut done = HashSet::with_capacity(items.len());
         for item in items {
-            if !done.contains(&item) {
-                done.push(item);
+            if done.insert(item) {
                 self.mend(item, &mut effects);
             }
         }

@@ -421,7 +421,9 @@ impl Client {
         let script = r"
             local counts, leases = {}, {}
             for _, key in ipairs(redis.call('KEYS', 'medium_pool:slots:*')) do
-                counts[string.sub(key, 19)] = tonumber(redis.call('GET', key))
+                local text = redis.call('GET', key)
+                if text ~= tostring(tonumber(text)) then return key .. ' holds ' .. text end
+                counts[string.sub(key, 19)] = tonumber(text)
                 if not counts[string.sub(key, 19)] then return key .. ' is no number' end
             end
             for _, key in ipairs(redis.call('KEYS', 'key_rotation:*')) do
