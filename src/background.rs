@@ -93,13 +93,11 @@ pub(crate) fn enter(node: &mut Node, change: Change) {
             .pool
             .set_file(tier, &name, File::Valid(Box::new(credential))),
         Change::Invalid { tier, name, reason } => {
-            let message = format!("account file {tier}/{name}.json can't be used: {reason}");
-            ffi::log(RedisLogLevel::Warning, &message);
+            complain(node, tier, &format!("{name}.json"), reason);
             node.pool.set_file(tier, &name, File::Invalid(reason));
         }
         Change::BadName { tier, file } => {
-            let message = format!("account file {tier}/{file} can't be used: {BAD_NAME}");
-            ffi::log(RedisLogLevel::Warning, &message);
+            complain(node, tier, &file, BAD_NAME);
             node.bad_names.insert((tier, file), BAD_NAME);
         }
         Change::Gone { tier, file } => {
@@ -116,9 +114,26 @@ pub(crate) fn enter(node: &mut Node, change: Change) {
     }
 }
 
+/// Files that can't be used of which one look at all of them logs: a folder of
+/// something else entirely must not fill the disk.
+const MAX_COMPLAINTS: usize = 100;
+
+fn complain(node: &mut Node, tier: Tier, file: &str, reason: &str) {
+    node.complaints += 1;
+    let message = match node.complaints {
+        ..MAX_COMPLAINTS => format!("account file {tier}/{file} can't be used: {reason}"),
+        MAX_COMPLAINTS => {
+            "more account files can't be used; MPOOL.RELOAD names them all".to_owned()
+        }
+        _ => return,
+    };
+    ffi::log(RedisLogLevel::Warning, &message);
+}
+
 /// After a look at all folders: those that could be read say which accounts
 /// there are not, unless this server has followed another.
 pub(crate) fn trust(node: &mut Node, readable: [bool; 3]) {
+    node.complaints = 0;
     if !node.always_primary {
         return;
     }

@@ -25,8 +25,11 @@ pub(crate) fn key_changed(ctx: &Context, _kind: NotifyEvent, _event: &str, name:
             observation.enter(&mut node.pool);
             node.is_primary && node.pool.has_stray_backlog()
         });
-        if off == Ok(true) {
-            node::with_watcher(crate::accounts::Watcher::wake);
+        match off {
+            Ok(true) => drop(node::with_watcher(crate::accounts::Watcher::wake)),
+            Ok(false) => {}
+            // The view has missed this one.
+            Err(_) => node::suspect(),
         }
     });
 }

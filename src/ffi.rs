@@ -139,13 +139,18 @@ impl<'a> Call<'a> {
             raw::RedisModule_BlockClient
                 .and_then(|block| NonNull::new(block(self.ctx.ctx, None, None, None, 0)))
         };
-        Blocked { client }
+        Blocked {
+            client,
+            replied: false,
+        }
     }
 }
 
-/// A client on hold. Dropping it lets the client go on.
+/// A client on hold. Dropping it lets the client go on, with an error if it has
+/// had no reply.
 pub(crate) struct Blocked {
     client: Option<NonNull<raw::RedisModuleBlockedClient>>,
+    replied: bool,
 }
 
 // SAFETY: Redis allows a blocked client's handle to be used from any thread.
@@ -153,7 +158,12 @@ unsafe impl Send for Blocked {}
 
 impl Blocked {
     /// Gives the client its reply.
-    pub(crate) fn reply(self, write: impl FnOnce(&Reply)) {
+    pub(crate) fn reply(mut self, write: impl FnOnce(&Reply)) {
+        self.write(write);
+    }
+
+    fn write(&mut self, write: impl FnOnce(&Reply)) {
+        self.replied = true;
         let Some(client) = self.client else { return };
         // SAFETY: a thread-safe context of a live handle, used only for replies
         // (which need no lock) and freed here.
@@ -175,6 +185,9 @@ impl Blocked {
 
 impl Drop for Blocked {
     fn drop(&mut self) {
+        if !self.replied {
+            self.write(|reply| reply.error(&Failure::NoWatcher));
+        }
         // SAFETY: the handle is live until this very call, which happens once.
         unsafe {
             if let (Some(client), Some(unblock)) =
@@ -465,8 +478,7 @@ pub(crate) fn load_configs(ctx: &Context) -> bool {
 struct OpenKey(NonNull<raw::RedisModuleKey>);
 
 impl OpenKey {
-    /// The key, if it is there. Looking does not count as use: an operator's
-    /// eviction policy sees clients, not this module.
+    /// The key, if it is there. Looking does not count as use.
     fn open(ctx: &Context, name: &[u8]) -> Option<Self> {
         let name = RedisString::create_from_slice(ptr::null_mut(), name);
         let mode = (raw::REDISMODULE_READ | raw::REDISMODULE_OPEN_KEY_NOTOUCH) as c_int;

@@ -148,7 +148,8 @@ fn unload(_ctx: &Context) -> Status {
         if !node::install_watcher(None).is_none_or(accounts::Watcher::stop) {
             ffi::log(
                 RedisLogLevel::Warning,
-                "not unloaded: the watcher's thread waits for a file; try again",
+                "not unloaded: the watcher's thread waits for a file. Account files are not followed until \
+                 the module has been unloaded and loaded again",
             );
             return Status::Err;
         }

@@ -67,6 +67,8 @@ pub(crate) struct Node {
     /// Account files that can't be used because of their names: tier and file,
     /// made printable.
     pub(crate) bad_names: BTreeMap<(Tier, String), &'static str>,
+    /// Lines logged of files that can't be used since all were last looked at.
+    pub(crate) complaints: usize,
     /// Whether this server is a primary, which puts things right.
     pub(crate) is_primary: bool,
     /// Whether this server has been a primary ever since the module was loaded:
@@ -81,6 +83,7 @@ impl Node {
             counters: Counters::default(),
             rng: rand::make_rng(),
             bad_names: BTreeMap::new(),
+            complaints: 0,
             is_primary,
             always_primary: is_primary,
         }
@@ -198,9 +201,10 @@ pub(crate) fn forget_arrivals() {
 /// rebuilds it if a panic has made it doubtful.
 pub(crate) fn refresh(ctx: &Context) -> Result<(), Failure> {
     take_in()?;
-    if SUSPECT.swap(false, Ordering::Relaxed) {
+    if SUSPECT.load(Ordering::Relaxed) {
         let pool = rebuilt(ctx)?;
         with(|node| node.pool = pool)?;
+        SUSPECT.store(false, Ordering::Relaxed);
     }
     Ok(())
 }

@@ -778,12 +778,14 @@ fn while_the_server_makes_room_by_evicting_nobody_is_refused() {
     ]);
     let limit = used_memory(&mut client) * 3 / 4;
     client.ok(&["CONFIG", "SET", "maxmemory", &limit.to_string()]);
-    for now in 0..500 {
+    let mut while_over = 0;
+    for now in 0..2000 {
         client.ok(&["MPOOL.RELEASE", &key]);
         assert_eq!(client.acquire(&key, now).state, "assigned");
+        if used_memory(&mut client) <= limit {
+            break;
+        }
+        while_over += 1;
     }
-    assert!(
-        used_memory(&mut client) > limit,
-        "the server was over its limit all the while"
-    );
+    assert!(while_over > 0, "the server was never over its limit");
 }

@@ -78,7 +78,7 @@ fn text<'a>(bytes: Option<&'a [u8]>, expected: &'static str) -> Result<&'a str, 
 }
 
 /// The named options at the end of a command, each with a value. Answers them
-/// in the order of `words`; a word that isn't there twice or unknown is an error.
+/// in the order of `words`; a word that is unknown or there twice is an error.
 fn options<'a, const N: usize>(
     call: &Call<'a>,
     from: usize,

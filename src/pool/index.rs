@@ -18,7 +18,7 @@ pub(crate) struct Tally {
     pub(crate) invalid: u64,
     /// Accounts that the keyspace names and this node has no file of.
     pub(crate) missing: u64,
-    /// Slots in use, of all accounts.
+    /// Slots in use, of the accounts in the pool.
     pub(crate) used: u64,
     /// Slots that could be lent.
     pub(crate) free: u64,
@@ -35,9 +35,9 @@ impl Tally {
             };
         };
         let used = account.used();
-        step(&mut self.used, used);
         if account.class.in_pool() {
             step(&mut self.accounts, 1);
+            step(&mut self.used, used);
         }
         match account.class {
             Class::Lendable => {

@@ -11,7 +11,8 @@ pub(crate) struct Summary {
     pub(crate) tally: Tally,
     /// All slots of the accounts in the pool, lendable or not.
     pub(crate) slots: u64,
-    /// Keys that hold a slot.
+    /// Keys that hold a slot, of an account in the pool or of one whose file
+    /// isn't on this node.
     pub(crate) leases: u64,
     /// Unix ms at which the next slot falls due.
     pub(crate) next_due: Option<i64>,
