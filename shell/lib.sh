@@ -259,3 +259,25 @@ span_of() {
     printf -v "$1" '%d d %d h' $((s / 86400)) $((s % 86400 / 3600))
   fi
 }
+
+# give_up_slot COMMAND ARGUMENTS…: what release.sh and revoke.sh have in common: takes -h (calling
+# their help), the key or - for stdin, and has COMMAND deal with it. The account whose slot is free
+# now is left in lines[1].
+give_up_slot() {
+  local command=$1
+  shift
+  case ${1-} in
+    -h | --help)
+      help
+      exit 0
+      ;;
+    -) ;;
+    -?*) die_usage "unknown option" ;;
+  esac
+  if (($# != 1)); then die_usage "which key? one is needed"; fi
+  check_settings
+  read_secret redis_input "$1"
+  if [[ -z $redis_input ]]; then die_usage "the key is empty"; fi
+  redis_ask -x "$command"
+  if [[ ${lines[0]-} != account ]]; then die_reply "$command"; fi
+}

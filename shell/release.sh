@@ -18,21 +18,7 @@ HELP
   mpool_help_common
 }
 
-case ${1-} in
-  -h | --help)
-    help
-    exit 0
-    ;;
-  -) ;;
-  -?*) die_usage "unknown option" ;;
-esac
-if (($# != 1)); then die_usage "which key? one is needed"; fi
-check_settings
-
-read_secret redis_input "$1"
-if [[ -z $redis_input ]]; then die_usage "the key is empty"; fi
-redis_ask -x MPOOL.RELEASE
-if [[ ${lines[0]-} != account ]]; then die_reply MPOOL.RELEASE; fi
+give_up_slot MPOOL.RELEASE "$@"
 
 if [[ -n ${lines[1]-} ]]; then
   printf 'Released; its slot of account %s is free.\n' "${lines[1]}"

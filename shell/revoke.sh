@@ -17,21 +17,7 @@ HELP
   mpool_help_common
 }
 
-case ${1-} in
-  -h | --help)
-    help
-    exit 0
-    ;;
-  -) ;;
-  -?*) die_usage "unknown option" ;;
-esac
-if (($# != 1)); then die_usage "which key? one is needed"; fi
-check_settings
-
-read_secret redis_input "$1"
-if [[ -z $redis_input ]]; then die_usage "the key is empty"; fi
-redis_ask -x MPOOL.REVOKE
-if [[ ${lines[0]-} != account ]]; then die_reply MPOOL.REVOKE; fi
+give_up_slot MPOOL.REVOKE "$@"
 
 if [[ -n ${lines[1]-} ]]; then
   printf 'Revoked; its slot of account %s is free.\n' "${lines[1]}"
