@@ -1,11 +1,13 @@
 //! What ACQUIRE costs as the pool grows: for a current lease and for one that
 //! must choose, at 10 to 100,000 accounts and 1,000 to 1,000,000 keys.
 //!
-//! Three figures a size, each a ratio to the smallest size: the time of a call
-//! as a client sees it that waits for each answer, the server's CPU time for a
-//! call in pipelines, and beside it that of the plain Redis writes which a
-//! choice comes down to (HSET of the lease, SET of two counters) over the same
-//! keys. The last one shows how much of any growth is the machine's memory.
+//! Sizes that are compared do the same work a call: a first use writes the
+//! lease and one counter, a rotation that moves on writes it and two. Each has
+//! three kinds of figures, with their ratio to the smallest size: the time of a
+//! call as a client sees it that waits for each answer, the server's CPU time
+//! for a call in pipelines, and beside it that of the plain Redis writes which
+//! a choice comes down to, over as many keys. The last one shows how much of
+//! any growth is the machine's memory.
 //!
 //! All sizes are measured side by side, round after round, in one run; figures
 //! are medians, with the least and the most beside them. Run it with `make bench`.
@@ -21,11 +23,23 @@ use support::{DAY, Options, Server};
 
 const ROUNDS: usize = 7;
 /// Calls of a round, in pipelines and one by one.
-const PIPED: usize = 99_999;
+const PIPED: usize = 60_000;
 const AWAITED: usize = 20_000;
 const PIPELINE: usize = 32;
+/// Takes keys out of the order in which they were made; prime to their number.
+const SCATTER: usize = 7_919;
 /// Between one key's rotation and the next one's, in ms.
 const STEP: i64 = 80;
+
+/// What makes a key choose.
+#[derive(Clone, Copy)]
+enum Work {
+    /// It was released before (which is not measured): one counter changes.
+    FirstUse,
+    /// Its period is over, and there are accounts with fewer slots in use than
+    /// its own: two counters change.
+    Rotation,
+}
 
 /// One size of pool, with a server of its own.
 struct Cell {
@@ -33,10 +47,9 @@ struct Cell {
     server: Server,
     link: Link,
     keys: Vec<String>,
-    /// Which key rotates next, and how often all have by then.
-    turn: usize,
-    lap: i64,
-    /// When the last one did, in unix ms.
+    work: Work,
+    /// How many keys have chosen so far, and when the last one did (unix ms).
+    chosen: usize,
     now: i64,
     accounts: usize,
     /// Nanoseconds per call: a list a figure, an entry a round.
@@ -52,7 +65,7 @@ const FIGURES: [&str; 5] = [
 ];
 
 impl Cell {
-    fn new(name: &'static str, accounts: usize, slots: usize, keys: usize) -> Self {
+    fn new(work: Work, &(name, accounts, slots, keys): &Size) -> Self {
         eprintln!("setting up {name} ...");
         let names: Vec<String> = (0..accounts).map(|n| format!("account-{n:06}")).collect();
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
@@ -86,8 +99,8 @@ impl Cell {
             server,
             link,
             keys,
-            turn: 0,
-            lap: 1,
+            work,
+            chosen: 0,
             now: 0,
             accounts,
             figures: Default::default(),
@@ -99,14 +112,15 @@ impl Cell {
 
     fn round(&mut self) {
         let pid = self.server.pid();
-        let calls = self.choosing(AWAITED);
-        let awaited_choosing = self.link.awaited(calls);
-        let calls = self.choosing(PIPED);
-        let piped_choosing = self.link.piped(pid, calls);
-        let awaited_current = self.link.awaited(self.current(AWAITED));
-        let piped_current = self.link.piped(pid, self.current(PIPED));
-        // Three commands are one choice's worth.
-        let plain = 3.0 * self.link.piped(pid, self.plain(PIPED));
+        let awaited_choosing = self.choosing(AWAITED, Link::awaited);
+        let piped_choosing = self.choosing(PIPED, Link::piped);
+        let calls = self.current(AWAITED);
+        let awaited_current = self.link.awaited(pid, calls);
+        let calls = self.current(PIPED);
+        let piped_current = self.link.piped(pid, calls);
+        let calls = self.plain(PIPED);
+        let replies = self.plain_replies();
+        let plain = self.link.piped_each(pid, calls, replies);
         let round = [
             awaited_current,
             piped_current,
@@ -114,8 +128,9 @@ impl Cell {
             piped_choosing,
             plain,
         ];
-        for (figures, figure) in self.figures.iter_mut().zip(round) {
-            figures.push(figure);
+        let counts = [AWAITED, PIPED, AWAITED, PIPED, PIPED];
+        for ((figures, cost), count) in self.figures.iter_mut().zip(round).zip(counts) {
+            figures.push(cost / count as f64);
         }
     }
 
@@ -128,67 +143,116 @@ impl Cell {
             .collect()
     }
 
-    /// Each call is some key's first after its period, and nothing else is due.
-    fn choosing(&mut self, count: usize) -> Vec<Vec<u8>> {
-        let mut calls = Vec::with_capacity(count);
-        for _ in 0..count {
-            self.now = self.lap * DAY + self.turn as i64 * STEP;
-            calls.push(acquire(&self.keys[self.turn], self.now));
-            self.turn += 1;
-            if self.turn == self.keys.len() {
-                self.turn = 0;
-                self.lap += 1;
+    /// Has so many keys choose, in a scattered order; answers the cost.
+    fn choosing(&mut self, count: usize, measure: fn(&mut Link, u32, Vec<Vec<u8>>) -> f64) -> f64 {
+        let keys = self.keys.len();
+        let mut cost = 0.0;
+        let mut left = count;
+        while left > 0 {
+            let batch = match self.work {
+                Work::FirstUse => left.min(keys),
+                Work::Rotation => left,
+            };
+            let places: Vec<usize> = (self.chosen..self.chosen + batch).collect();
+            let key = |place: usize| self.keys[place % keys * SCATTER % keys].as_str();
+            if let Work::FirstUse = self.work {
+                let releases: Vec<_> = places
+                    .iter()
+                    .map(|&place| pack(&["MPOOL.RELEASE", key(place)]))
+                    .collect();
+                self.link.run(releases);
             }
+            // Each key's time comes once a lap, and nobody else's with it.
+            let now = |place: usize| (1 + place / keys) as i64 * DAY + (place % keys) as i64 * STEP;
+            let calls = places
+                .iter()
+                .map(|&place| acquire(key(place), now(place)))
+                .collect();
+            self.now = now(self.chosen + batch - 1);
+            cost += measure(&mut self.link, self.server.pid(), calls);
+            self.chosen += batch;
+            left -= batch;
         }
-        calls
+        cost
     }
 
-    /// The writes of a choice over copies of the same keys: a key in its turn,
-    /// the account it had, one at random.
+    /// The writes of so many choices over as many other keys.
     fn plain(&self, count: usize) -> Vec<Vec<u8>> {
+        let keys = self.keys.len();
         let account = |n: usize| {
             format!(
                 "plain:slots:account-{:06}",
                 mix(n as u64) % self.accounts as u64
             )
         };
-        let writes = (0..count / 3).flat_map(|n| {
-            let key = format!("plain:rotation:{}", self.keys[n % self.keys.len()]);
-            let (new, old) = (account(n), account(n.saturating_sub(self.keys.len())));
+        let writes = (0..count).map(|n| {
+            let key = format!("plain:rotation:{}", self.keys[n % keys * SCATTER % keys]);
+            let (new, old) = (account(n), account(n.saturating_sub(keys)));
             let now = n.to_string();
-            let fields = [
+            let (new_name, old_name) = (&new[12..], &old[12..]);
+            let mut writes = pack(&[
+                "HSET",
+                &key,
                 "account",
-                &new[12..],
+                new_name,
                 "next_rotation",
                 &now,
                 "last_rotation",
                 &now,
                 "previous_account",
-                &old[12..],
-            ];
-            [
-                pack(&[&["HSET", &key], &fields[..]].concat()),
-                pack(&["SET", &new, "1"]),
-                pack(&["SET", &old, "0"]),
-            ]
+                old_name,
+            ]);
+            writes.extend(pack(&["SET", &new, "1"]));
+            if let Work::Rotation = self.work {
+                writes.extend(pack(&["SET", &old, "0"]));
+            }
+            writes
         });
         writes.collect()
     }
+
+    /// Replies to one of the calls of `plain`.
+    fn plain_replies(&self) -> usize {
+        match self.work {
+            Work::FirstUse => 2,
+            Work::Rotation => 3,
+        }
+    }
 }
 
-/// Name, accounts, slots of each, keys: one number varies, and every key has a
-/// slot in every size.
-const BY_ACCOUNTS: [(&str, usize, usize, usize); 3] = [
-    ("10 accounts", 10, 128, 1_000),
-    ("1,000 accounts", 1_000, 128, 1_000),
-    ("100,000 accounts", 100_000, 128, 1_000),
-];
-const BY_KEYS: [(&str, usize, usize, usize); 2] = [
-    ("1,000 keys", 1_000, 1_024, 1_000),
-    ("1,000,000 keys", 1_000, 1_024, 1_000_000),
+/// Name, accounts, slots of each, keys. One number varies in a table.
+type Size = (&'static str, usize, usize, usize);
+
+const TABLES: [(&str, Work, &[Size]); 3] = [
+    (
+        "accounts, with 1,000 keys; choosing is a first use",
+        Work::FirstUse,
+        &[
+            ("10 accounts", 10, 128, 1_000),
+            ("1,000 accounts", 1_000, 128, 1_000),
+            ("100,000 accounts", 100_000, 128, 1_000),
+        ],
+    ),
+    (
+        "accounts, with 4 keys; choosing is a rotation to another account",
+        Work::Rotation,
+        &[
+            ("10 accounts", 10, 2, 4),
+            ("1,000 accounts", 1_000, 2, 4),
+            ("100,000 accounts", 100_000, 2, 4),
+        ],
+    ),
+    (
+        "keys, with 1,000 accounts; choosing is a first use",
+        Work::FirstUse,
+        &[
+            ("1,000 keys", 1_000, 1_024, 1_000),
+            ("1,000,000 keys", 1_000, 1_024, 1_000_000),
+        ],
+    ),
 ];
 
-/// Words on the command line choose cells by their names; none: all.
+/// Words on the command line choose sizes by their names; none: all.
 fn main() {
     let words: Vec<String> = std::env::args()
         .skip(1)
@@ -196,11 +260,9 @@ fn main() {
         .collect();
     let chosen =
         |name: &str| words.is_empty() || words.iter().any(|word| name.contains(word.as_str()));
-    for (what, cells) in [("accounts", &BY_ACCOUNTS[..]), ("keys", &BY_KEYS[..])] {
-        let cells = cells.iter().filter(|(name, ..)| chosen(name));
-        let mut cells: Vec<Cell> = cells
-            .map(|&(name, accounts, slots, keys)| Cell::new(name, accounts, slots, keys))
-            .collect();
+    for (what, work, sizes) in TABLES {
+        let sizes = sizes.iter().filter(|(name, ..)| chosen(name));
+        let mut cells: Vec<Cell> = sizes.map(|size| Cell::new(work, size)).collect();
         if !cells.is_empty() {
             run(what, &mut cells);
         }
@@ -212,7 +274,7 @@ fn run(what: &str, cells: &mut [Cell]) {
         cells.iter_mut().for_each(Cell::round);
     }
     println!(
-        "\nACQUIRE by {what}: microseconds per call, median of {ROUNDS} (least to most), ratio to the first"
+        "\nACQUIRE by {what}: microseconds a call, median of {ROUNDS} (least to most), ratio to the first"
     );
     for (number, figure) in FIGURES.iter().enumerate() {
         println!("  {figure}");
@@ -281,12 +343,17 @@ impl Link {
     }
 
     fn run(&mut self, calls: impl IntoIterator<Item = Vec<u8>>) {
+        self.run_each(calls, 1);
+    }
+
+    /// Sends pipelines of calls that are answered with so many replies each.
+    fn run_each(&mut self, calls: impl IntoIterator<Item = Vec<u8>>, replies: usize) {
         let mut batch = Vec::new();
         let mut waiting = 0;
         for call in calls {
             batch.extend(call);
-            waiting += 1;
-            if waiting == PIPELINE {
+            waiting += replies;
+            if waiting >= PIPELINE {
                 self.flush(&mut batch, &mut waiting);
             }
         }
@@ -317,22 +384,24 @@ impl Link {
         }
     }
 
-    /// CPU time of the process per call, in ns.
+    /// CPU time of the process for the calls in pipelines, in ns.
     fn piped(&mut self, pid: u32, calls: Vec<Vec<u8>>) -> f64 {
-        let count = calls.len() as f64;
-        let before = cpu_time(pid);
-        self.run(calls);
-        (cpu_time(pid) - before) as f64 / count
+        self.piped_each(pid, calls, 1)
     }
 
-    /// Time per call, in ns, for a client that waits for each answer.
-    fn awaited(&mut self, calls: Vec<Vec<u8>>) -> f64 {
-        let count = calls.len() as f64;
+    fn piped_each(&mut self, pid: u32, calls: Vec<Vec<u8>>, replies: usize) -> f64 {
+        let before = cpu_time(pid);
+        self.run_each(calls, replies);
+        (cpu_time(pid) - before) as f64
+    }
+
+    /// Time for the calls, in ns, of a client that waits for each answer.
+    fn awaited(&mut self, _pid: u32, calls: Vec<Vec<u8>>) -> f64 {
         let start = Instant::now();
         for mut call in calls {
             self.flush(&mut call, &mut 1);
         }
-        start.elapsed().as_nanos() as f64 / count
+        start.elapsed().as_nanos() as f64
     }
 }
 

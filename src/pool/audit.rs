@@ -100,6 +100,12 @@ impl Pool {
             let (kept, counted) = (self.tier(tier), &mut tiers[tier.index()]);
             assert_eq!(kept.tally, counted.tally, "tally of {tier}");
             assert_eq!(kept.stale, counted.stale, "stale of {tier}");
+            let first = kept.buckets.iter().find(|bucket| !bucket.is_empty());
+            assert_eq!(
+                kept.least_used(),
+                first.map(Vec::as_slice),
+                "the least used of {tier}"
+            );
             assert_eq!(kept.cooldowns, counted.cooldowns, "cooldowns of {tier}");
             assert_eq!(kept.expiries, counted.expiries, "expiries of {tier}");
             for (kept, counted) in kept.buckets.iter().zip(&counted.buckets) {

@@ -3,7 +3,7 @@
 //! change class, held slots by the instant at which they fall due.
 
 use super::account::Class;
-use super::{Account, AccountId, File, Item, KeyId, Pool, Tier};
+use super::{Account, AccountId, File, Item, KeyId, MAX_CAPACITY, Pool, Tier};
 use std::collections::BTreeSet;
 use std::ops::Bound;
 
@@ -60,6 +60,9 @@ impl Tally {
 pub(super) struct TierIndex {
     /// Lendable accounts with a free slot, by slots in use.
     pub(super) buckets: Vec<Vec<AccountId>>,
+    /// A bit for each bucket that isn't empty: the first one is found by looking
+    /// at a few words, however full the accounts are.
+    occupied: [u64; MAX_CAPACITY as usize / 64],
     pub(super) tally: Tally,
     /// Ends of cooldowns of accounts with a good file.
     pub(super) cooldowns: BTreeSet<(i64, AccountId)>,
@@ -74,6 +77,7 @@ impl TierIndex {
     pub(super) fn new(capacity: u32) -> Self {
         Self {
             buckets: vec![Vec::new(); capacity as usize],
+            occupied: [0; MAX_CAPACITY as usize / 64],
             tally: Tally::default(),
             cooldowns: BTreeSet::new(),
             expiries: BTreeSet::new(),
@@ -83,6 +87,29 @@ impl TierIndex {
 
     pub(super) fn resize(&mut self, capacity: u32) {
         self.buckets = vec![Vec::new(); capacity as usize];
+        self.occupied = [0; MAX_CAPACITY as usize / 64];
+    }
+
+    /// The accounts to choose from: those with the fewest slots in use.
+    pub(super) fn least_used(&self) -> Option<&[AccountId]> {
+        let (word, bits) = self
+            .occupied
+            .iter()
+            .enumerate()
+            .find(|(_, bits)| **bits != 0)?;
+        let bucket = self
+            .buckets
+            .get(word * 64 + bits.trailing_zeros() as usize)?;
+        Some(bucket.as_slice())
+    }
+
+    /// Notes whether a bucket has accounts in it now.
+    fn mark(&mut self, bucket: usize) {
+        let empty = self.buckets.get(bucket).is_none_or(Vec::is_empty);
+        if let Some(bits) = self.occupied.get_mut(bucket / 64) {
+            let bit = 1 << (bucket % 64);
+            *bits = if empty { *bits & !bit } else { *bits | bit };
+        }
     }
 
     /// The accounts whose class may differ between two instants.
@@ -142,6 +169,7 @@ impl Pool {
         if let Some(entry) = moved.and_then(|moved| self.places.get_mut(moved.slot())) {
             *entry = place;
         }
+        index.mark(account.holders.len());
     }
 
     /// Puts an account into its tier's orders after it has changed, and notes
@@ -166,6 +194,7 @@ impl Pool {
             set(&mut self.places, id.slot(), bucket.len());
             bucket.push(id);
             account.in_bucket = true;
+            index.mark(account.holders.len());
         }
         if !self.supposing && self.account_is_off(id) {
             self.queue(Item::Account(id));

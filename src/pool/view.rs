@@ -3,10 +3,7 @@
 
 use super::account::Account;
 use super::key::{Key, NEVER, Standing};
-use super::{
-    AccountId, Cooldown, File, Item, KeyId, KeyRecord, Pool, Rotation, Stored, Tier,
-    index::TierIndex,
-};
+use super::{AccountId, Cooldown, File, Item, KeyId, KeyRecord, Pool, Rotation, Stored, Tier};
 use std::collections::BTreeSet;
 use std::hash::BuildHasher;
 
@@ -375,13 +372,5 @@ impl Pool {
             entry.remove();
         }
         self.drop_ref(key.bound);
-    }
-}
-
-impl TierIndex {
-    /// The whole choice there is: the accounts with the fewest slots in use.
-    pub(super) fn least_used(&self) -> Option<&[AccountId]> {
-        let bucket = self.buckets.iter().find(|bucket| !bucket.is_empty());
-        bucket.map(Vec::as_slice)
     }
 }
