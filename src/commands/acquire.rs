@@ -4,7 +4,7 @@ use super::{KEY, NOW, ReplyExt, SYNTAX};
 use crate::errors::Failure;
 use crate::ffi::{Arg, ArgKind, Call, Command, Reply, Spec};
 use crate::node::{self, Node};
-use crate::pool::{Decision, Effect, Refusal};
+use crate::pool::{Decision, Refusal};
 use secrecy::ExposeSecret;
 
 pub(crate) struct Acquire;
@@ -42,7 +42,7 @@ fn run(call: &Call<'_>) -> Result<(), Failure> {
 
 fn acquire(call: &Call<'_>, key: &str, now: i64, with_token: bool) -> Result<(), Failure> {
     loop {
-        let decided = node::with(|node| -> Result<Option<(Vec<Effect>, Answer)>, Failure> {
+        let decided = node::with(|node| -> Result<Option<Decision>, Failure> {
             let decision = node.pool.acquire(key, now, &mut node.rng)?;
             if with_token && node.pool.credential(decision.account).is_none() {
                 return Err(Failure::NoToken);
@@ -52,9 +52,9 @@ fn acquire(call: &Call<'_>, key: &str, now: i64, with_token: bool) -> Result<(),
                 reply(&call.reply(), node, &decision, with_token);
                 return Ok(None);
             }
-            Ok(Some(Answer::take(decision)))
+            Ok(Some(decision))
         })?;
-        let (effects, answer) = match decided {
+        let decision = match decided {
             Ok(None) => return Ok(()),
             Ok(Some(chosen)) => chosen,
             Err(failure) => {
@@ -70,21 +70,11 @@ fn acquire(call: &Call<'_>, key: &str, now: i64, with_token: bool) -> Result<(),
                 return Err(failure);
             }
         };
-        node::apply_unless_full(&call.ctx, &effects)?;
+        node::apply_unless_full(&call.ctx, &decision.effects)?;
         return node::with(|node| {
-            node.counters.granted(answer.0.state);
-            reply(&call.reply(), node, &answer.0, with_token);
+            node.counters.granted(decision.state);
+            reply(&call.reply(), node, &decision, with_token);
         });
-    }
-}
-
-/// A decision whose effects are on their way to the keyspace.
-struct Answer(Decision);
-
-impl Answer {
-    fn take(mut decision: Decision) -> (Vec<Effect>, Self) {
-        let effects = std::mem::take(&mut decision.effects);
-        (effects, Self(decision))
     }
 }
 
