@@ -1,0 +1,567 @@
+//! mpool-forwarder beside nginx `proxy_pass`: the same upstream, the same load,
+//! one run. The forwarder looks the lease up in a Redis of its own on each
+//! request; how often it did is counted there.
+//!
+//! The upstream is another nginx with a 100-byte answer, the load is wrk's. A
+//! round measures each proxy (and the upstream with none) one after the other,
+//! the next round in another order. Figures are medians over the rounds, with the
+//! least and the most beside them; ratios are taken within a round. CPU time is
+//! that of the proxy's processes, with Redis's beside it. All share the machine,
+//! so throughput is what its cores give to everyone together.
+//!
+//! Run it with `make bench`. In the environment:
+//! - `MPOOL_BENCH_SECONDS`: how long one measurement takes (3)
+//! - `MPOOL_BENCH_ROUNDS`: 5
+//! - `MPOOL_BENCH_THREADS`: threads of the forwarder and workers of nginx (1)
+//! - `MPOOL_BENCH_CONNECTIONS`: `1,64,512`
+//! - `MPOOL_BENCH_ONLY`: one of straight, nginx, forwarder, to profile it
+//! - `MPOOL_BENCH_FORWARDER`: more binaries to measure, with `:` between them
+
+#[path = "../tests/support/mod.rs"]
+mod support;
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::path::Path;
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::str::FromStr;
+use support::{Client, Options, Server, free_port, wait_for};
+use tempfile::TempDir;
+
+/// What the upstream answers with, 100 bytes of it.
+const ANSWER: &str = r#"{"id":"msg_0123456789","type":"message","role":"assistant","text":"Hello there, how are you today?"}"#;
+
+/// Prints what wrk found in a form that needs no guessing.
+const REPORT: &str = r#"
+done = function(summary, latency)
+  local errors = summary.errors
+  local bad = errors.connect + errors.read + errors.write + errors.timeout + errors.status
+  io.write(string.format("mpool-bench %d %d %d %d %d\n",
+    summary.requests, summary.duration, bad, latency:percentile(50), latency:percentile(99)))
+end
+"#;
+
+/// What is measured, with the decimals to print.
+const COLUMNS: [(&str, usize); 5] = [
+    ("requests/s", 0),
+    ("p50 µs", 0),
+    ("p99 µs", 0),
+    ("CPU µs/request", 1),
+    ("Redis CPU µs", 1),
+];
+const RATE: usize = 0;
+const CPU: usize = 3;
+/// Throughput at least, CPU time at most, as parts of nginx's at the middle load.
+const GOALS: [(usize, f64); 2] = [(RATE, 0.8), (CPU, 1.5)];
+const GOAL_CONNECTIONS: u32 = 64;
+
+/// The figures of one measurement, in the order of [`COLUMNS`].
+type Figures = [f64; COLUMNS.len()];
+
+/// Something that wrk can ask.
+struct Target {
+    name: String,
+    port: u16,
+    /// The processes whose CPU time and memory count.
+    pids: Vec<u32>,
+    /// Its requests and the look-ups that they led to.
+    requests: u64,
+    lookups: u64,
+}
+
+/// All that is needed to put load on something and see what it costs.
+struct Bench {
+    seconds: u32,
+    key: String,
+    script: String,
+    redis: u32,
+    client: Client,
+}
+
+fn main() {
+    let threads: usize = setting("THREADS", 1);
+    let rounds: usize = setting("ROUNDS", 5);
+    let connections: String = setting("CONNECTIONS", "1,64,512".to_owned());
+    let connections: Vec<u32> = connections
+        .split(',')
+        .map(|count| count.parse().expect("MPOOL_BENCH_CONNECTIONS is wrong"))
+        .collect();
+
+    let names: Vec<String> = (0..10).map(|n| format!("account-{n}")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let redis: Server = Options::default().accounts(&names).start();
+    let upstream = Nginx::start(1, |port| {
+        format!(
+            "server {{ listen 127.0.0.1:{port}; default_type application/json; return 200 '{ANSWER}'; }}"
+        )
+    });
+    let nginx = Nginx::start(threads, |port| proxy_config(port, upstream.port));
+    let mut more: Vec<String> = vec![env!("CARGO_BIN_EXE_mpool-forwarder").to_owned()];
+    let given: String = setting("FORWARDER", String::new());
+    more.extend(
+        given
+            .split(':')
+            .filter(|path| !path.is_empty())
+            .map(str::to_owned),
+    );
+    let forwarders: Vec<Forwarder> = more
+        .iter()
+        .map(|binary| Forwarder::start(binary, threads, &redis, upstream.port))
+        .collect();
+
+    let mut client = redis.connect();
+    let script = upstream.folder.path().join("report.lua");
+    fs::write(&script, REPORT).unwrap();
+    let mut bench = Bench {
+        seconds: setting("SECONDS", 3),
+        key: client.pool_key(),
+        script: script.to_str().unwrap().to_owned(),
+        redis: redis.pid(),
+        client,
+    };
+
+    let mut targets = vec![
+        Target::new("straight", upstream.port, vec![]),
+        Target::new("nginx", nginx.port, nginx.workers()),
+    ];
+    for forwarder in &forwarders {
+        targets.push(Target::new(
+            &forwarder.name,
+            forwarder.port,
+            vec![forwarder.child.id()],
+        ));
+    }
+    let only: String = setting("ONLY", String::new());
+    targets.retain(|target| only.is_empty() || target.name == only);
+    assert!(
+        !targets.is_empty(),
+        "MPOOL_BENCH_ONLY names nothing that is measured"
+    );
+
+    println!(
+        "\nmpool-forwarder beside nginx proxy_pass, {threads} thread(s) each; {rounds} rounds of {} s, medians (least-most)",
+        bench.seconds
+    );
+    println!("{}", machine());
+    for count in connections {
+        let samples = bench.rounds(&mut targets, count, rounds);
+        print_table(&targets, &samples, count);
+    }
+    println!();
+    for target in &targets {
+        let lookups = target.lookups as f64 / target.requests.max(1) as f64;
+        println!(
+            "{:<14} peak memory {:>6.1} MB, {lookups:.3} look-ups a request",
+            target.name,
+            peak_memory(&target.pids)
+        );
+    }
+}
+
+/// What the environment says under `MPOOL_BENCH_…`.
+fn setting<T: FromStr>(name: &str, default: T) -> T {
+    let name = format!("MPOOL_BENCH_{name}");
+    match std::env::var(&name) {
+        Ok(text) => text
+            .parse()
+            .unwrap_or_else(|_| panic!("{name} is wrong: {text}")),
+        Err(_) => default,
+    }
+}
+
+impl Target {
+    fn new(name: &str, port: u16, pids: Vec<u32>) -> Self {
+        Self {
+            name: name.to_owned(),
+            port,
+            pids,
+            requests: 0,
+            lookups: 0,
+        }
+    }
+}
+
+impl Bench {
+    /// A list for each target, of a round's figures each.
+    fn rounds(
+        &mut self,
+        targets: &mut [Target],
+        connections: u32,
+        rounds: usize,
+    ) -> Vec<Vec<Figures>> {
+        for target in &mut *targets {
+            check_answer(target.port, &self.key);
+            self.wrk(target.port, connections, 1);
+        }
+        let mut samples = vec![Vec::new(); targets.len()];
+        for round in 0..rounds {
+            // Backwards every other round, and beginning with another one.
+            for turn in 0..targets.len() {
+                let forth = (turn + round) % targets.len();
+                let place = if round % 2 == 0 {
+                    forth
+                } else {
+                    targets.len() - 1 - forth
+                };
+                samples[place].push(self.measure(&mut targets[place], connections));
+            }
+        }
+        samples
+    }
+
+    fn measure(&mut self, target: &mut Target, connections: u32) -> Figures {
+        let lookups = self.lookups();
+        let redis = cpu_time(self.redis);
+        let cpu: f64 = target.pids.iter().map(|&pid| cpu_time(pid)).sum();
+        let [requests, micros, p50, p99] = self.wrk(target.port, connections, self.seconds);
+        let cpu = target.pids.iter().map(|&pid| cpu_time(pid)).sum::<f64>() - cpu;
+        let redis = cpu_time(self.redis) - redis;
+        target.requests += requests as u64;
+        target.lookups += self.lookups() - lookups;
+        [
+            requests / micros * 1e6,
+            p50,
+            p99,
+            cpu / requests,
+            redis / requests,
+        ]
+    }
+
+    /// Requests, microseconds that they took, p50 and p99 (µs). Whatever went
+    /// wrong ends the benchmark: its figures would compare different things.
+    fn wrk(&self, port: u16, connections: u32, seconds: u32) -> [f64; 4] {
+        let output = Command::new("wrk")
+            .args(["-t", "1", "-c", &connections.to_string()])
+            .args(["-d", &format!("{seconds}s"), "-s", &self.script])
+            .args(["-H", &format!("x-api-key: {}", self.key)])
+            .arg(format!("http://127.0.0.1:{port}/v1/messages"))
+            .output()
+            .expect("wrk is not installed");
+        let text = String::from_utf8_lossy(&output.stdout);
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix("mpool-bench "));
+        let numbers: Vec<f64> = line
+            .map(|line| {
+                line.split(' ')
+                    .map(|number| number.parse().unwrap())
+                    .collect()
+            })
+            .unwrap_or_default();
+        let &[requests, micros, bad, p50, p99] = &numbers[..] else {
+            panic!(
+                "wrk failed: {text}{}",
+                String::from_utf8_lossy(&output.stderr)
+            );
+        };
+        assert!(bad == 0.0, "{bad} of {requests} requests failed:\n{text}");
+        [requests, micros, p50, p99]
+    }
+
+    /// How often Redis was asked for a lease.
+    fn lookups(&mut self) -> u64 {
+        let info: redis::InfoDict = self.client.run(&["INFO", "commandstats"]);
+        let calls = info.get::<String>("cmdstat_mpool.acquire");
+        calls.map_or(0, |line| {
+            let calls = line
+                .strip_prefix("calls=")
+                .and_then(|rest| rest.split(',').next());
+            calls.unwrap().parse().unwrap()
+        })
+    }
+}
+
+/// The target must answer with what the upstream says before it is measured.
+fn check_answer(port: u16, key: &str) {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    let request = format!(
+        "GET /v1/messages HTTP/1.1\r\nHost: bench\r\nx-api-key: {key}\r\nConnection: close\r\n\r\n"
+    );
+    stream.write_all(request.as_bytes()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let right = answer.starts_with("HTTP/1.1 200 ") && answer.ends_with(ANSWER);
+    assert!(right, "not the upstream's answer: {answer}");
+}
+
+fn print_table(targets: &[Target], samples: &[Vec<Figures>], connections: u32) {
+    let column = |samples: &[Figures], column: usize| -> Vec<f64> {
+        samples.iter().map(|figures| figures[column]).collect()
+    };
+    println!();
+    print!("{:<16}", format!("{connections} connection(s)"));
+    COLUMNS.iter().for_each(|(title, _)| print!("{title:>21}"));
+    println!();
+    for (target, samples) in targets.iter().zip(samples) {
+        print!("  {:<14}", target.name);
+        for (number, &(_, decimals)) in COLUMNS.iter().enumerate() {
+            print!("{:>21}", spread(&column(samples, number), decimals));
+        }
+        println!();
+    }
+    let Some(nginx) = targets.iter().position(|target| target.name == "nginx") else {
+        return;
+    };
+    for (target, figures) in targets.iter().zip(samples).skip(nginx + 1) {
+        let ratios = |number: usize| -> Vec<f64> {
+            let pairs = column(figures, number)
+                .into_iter()
+                .zip(column(&samples[nginx], number));
+            pairs.map(|(its, nginxs)| its / nginxs).collect()
+        };
+        print!("  {:<14}", format!("{}/nginx", target.name));
+        for number in 0..=CPU {
+            print!("{:>21}", spread(&ratios(number), 2));
+        }
+        println!();
+        if connections != GOAL_CONNECTIONS {
+            continue;
+        }
+        for (number, goal) in GOALS {
+            let ratio = median(&ratios(number));
+            let (bound, met) = if number == RATE {
+                ("least", ratio >= goal)
+            } else {
+                ("most", ratio <= goal)
+            };
+            let verdict = if met { "met" } else { "missed" };
+            println!(
+                "  goal: {} at {bound} {goal} of nginx's: {ratio:.2}, {verdict}",
+                COLUMNS[number].0
+            );
+        }
+    }
+}
+
+/// The median, with the least and the most.
+fn spread(figures: &[f64], decimals: usize) -> String {
+    let least = figures.iter().copied().fold(f64::INFINITY, f64::min);
+    let most = figures.iter().copied().fold(0.0, f64::max);
+    let middle = median(figures);
+    format!("{middle:.decimals$} ({least:.decimals$}-{most:.decimals$})")
+}
+
+fn median(figures: &[f64]) -> f64 {
+    let mut sorted = figures.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted[sorted.len() / 2]
+}
+
+// --- What is measured -------------------------------------------------------------------------
+
+/// An nginx with a configuration of its own; it touches nothing of the system's.
+struct Nginx {
+    child: Child,
+    port: u16,
+    folder: TempDir,
+}
+
+impl Nginx {
+    /// `server` is what stands in its `http { }`, for the port it is to listen on.
+    fn start(workers: usize, server: impl Fn(u16) -> String) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let port = free_port();
+        let config = format!(
+            "daemon off; pid nginx.pid; error_log error.log warn; worker_processes {workers};
+            worker_rlimit_nofile 8192;
+            events {{ worker_connections 4096; }}
+            http {{
+                access_log off; keepalive_requests 1000000000; keepalive_timeout 75s;
+                client_body_temp_path client_body; proxy_temp_path proxy; fastcgi_temp_path fastcgi;
+                uwsgi_temp_path uwsgi; scgi_temp_path scgi;
+                {}
+            }}",
+            server(port)
+        );
+        fs::write(folder.path().join("nginx.conf"), config).unwrap();
+        let child = nginx_command(folder.path())
+            .spawn()
+            .expect("nginx is not installed");
+        let nginx = Self {
+            child,
+            port,
+            folder,
+        };
+        wait_for("nginx to listen", || {
+            TcpStream::connect(("127.0.0.1", port)).ok()
+        });
+        nginx
+    }
+
+    /// The processes that do the work, all started before the first answer.
+    fn workers(&self) -> Vec<u32> {
+        let pid = self.child.id();
+        let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+        text.split_whitespace()
+            .map(|pid| pid.parse().unwrap())
+            .collect()
+    }
+}
+
+impl Drop for Nginx {
+    fn drop(&mut self) {
+        // Workers would outlive a master that was killed.
+        let stopped = nginx_command(self.folder.path())
+            .args(["-s", "stop"])
+            .status();
+        if !stopped.is_ok_and(|status| status.success()) {
+            let _ = self.child.kill();
+        }
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            let log = fs::read_to_string(self.folder.path().join("error.log"));
+            eprintln!(
+                "--- nginx on port {} ---\n{}",
+                self.port,
+                log.unwrap_or_default()
+            );
+        }
+    }
+}
+
+/// Debian has nginx in a folder that not everyone's PATH names.
+fn nginx_binary() -> &'static str {
+    let debian = "/usr/sbin/nginx";
+    if Path::new(debian).exists() {
+        debian
+    } else {
+        "nginx"
+    }
+}
+
+fn nginx_command(folder: &Path) -> Command {
+    let mut command = Command::new(nginx_binary());
+    command
+        .arg("-p")
+        .arg(folder)
+        .arg("-c")
+        .arg(folder.join("nginx.conf"));
+    command
+        .arg("-e")
+        .arg(folder.join("error.log"))
+        .stdin(Stdio::null())
+        .stderr(Stdio::null());
+    command
+}
+
+fn proxy_config(port: u16, upstream: u16) -> String {
+    format!(
+        "upstream bench {{ server 127.0.0.1:{upstream}; keepalive 512; keepalive_requests 1000000000; }}
+        server {{
+            listen 127.0.0.1:{port} reuseport;
+            location / {{
+                proxy_pass http://bench; proxy_http_version 1.1; proxy_set_header Connection '';
+                proxy_buffering off;
+            }}
+        }}"
+    )
+}
+
+/// A forwarder that lives as long as this value.
+struct Forwarder {
+    name: String,
+    child: Child,
+    port: u16,
+    /// Kept open: it has more to say.
+    _stdout: BufReader<ChildStdout>,
+}
+
+impl Forwarder {
+    fn start(binary: &str, threads: usize, redis: &Server, upstream: u16) -> Self {
+        let mut child = Command::new(binary)
+            .env_clear()
+            .args(["--listen", "127.0.0.1:0", "--admin", "off"])
+            .args([
+                "--redis",
+                &redis.url(),
+                "--upstream",
+                &format!("http://127.0.0.1:{upstream}"),
+            ])
+            .args(["--threads", &threads.to_string(), "--log-level", "warn"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut stdout = BufReader::new(child.stdout.take().unwrap());
+        let mut said = String::new();
+        let port = loop {
+            let start = said.len();
+            let length = stdout.read_line(&mut said).unwrap();
+            assert!(length > 0, "{binary} does not start: {said}");
+            if let Some((_, port)) = said[start..].split_once("listening on 127.0.0.1:") {
+                break port.trim().parse().unwrap();
+            }
+        };
+        let name = Path::new(binary).file_name().unwrap().to_str().unwrap();
+        let name = name.trim_start_matches("mpool-").to_owned();
+        Self {
+            name,
+            child,
+            port,
+            _stdout: stdout,
+        }
+    }
+}
+
+impl Drop for Forwarder {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+// --- The machine ------------------------------------------------------------------------------
+
+fn machine() -> String {
+    let cores = std::thread::available_parallelism().map_or(0, usize::from);
+    let version = |command: &mut Command| {
+        let output = command.output().unwrap();
+        // nginx and wrk tell theirs on stderr, wrk among its options.
+        let text = [output.stdout, output.stderr].concat();
+        let line = String::from_utf8_lossy(&text)
+            .lines()
+            .next()
+            .unwrap_or_default()
+            .to_owned();
+        let words = line
+            .split([' ', '/'])
+            .map(|word| word.trim_start_matches("v="));
+        let mut versions =
+            words.filter(|word| word.starts_with(|first: char| first.is_ascii_digit()));
+        versions.next().unwrap_or("?").to_owned()
+    };
+    format!(
+        "{cores} cores; nginx {}, Redis {}, wrk {}",
+        version(Command::new(nginx_binary()).arg("-v")),
+        version(Command::new(support::server_binary()).arg("--version")),
+        version(Command::new("wrk").arg("-v")),
+    )
+}
+
+/// CPU time of a process and all its threads, in microseconds.
+fn cpu_time(pid: u32) -> f64 {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    // The name, in brackets, may hold anything.
+    let fields: Vec<&str> = text.rsplit(") ").next().unwrap().split(' ').collect();
+    let ticks: u64 = fields[11..13]
+        .iter()
+        .map(|field| field.parse::<u64>().unwrap())
+        .sum();
+    // Linux shows these in hundredths of a second, whatever its own clock.
+    ticks as f64 * 1e4
+}
+
+/// The most memory that the processes ever had, in MB.
+fn peak_memory(pids: &[u32]) -> f64 {
+    let peak = |pid: &u32| {
+        let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        line.unwrap()
+            .trim()
+            .trim_end_matches(" kB")
+            .parse::<f64>()
+            .unwrap()
+    };
+    pids.iter().map(peak).sum::<f64>() / 1024.0
+}

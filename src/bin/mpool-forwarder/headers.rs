@@ -1,0 +1,259 @@
+//! Which headers pass: the client's key comes out, the account's credential goes
+//! in, hop-by-hop headers stay behind (RFC 9110 section 7.6.1), all else passes
+//! as it is. Pure.
+
+use hyper::header::{
+    AUTHORIZATION, CONNECTION, COOKIE, HOST, HeaderMap, HeaderName, HeaderValue,
+    PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE,
+};
+use hyper::http::header::GetAll;
+
+pub const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
+const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
+const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
+
+/// What the client sent to say who it is.
+#[derive(Debug, PartialEq, Eq)]
+pub enum GivenKey<'a> {
+    One(&'a [u8]),
+    None,
+    /// `x-api-key` and `Authorization` say different things.
+    Two,
+}
+
+/// The client's key, out of `x-api-key` or `Authorization: Bearer`.
+pub fn client_key(headers: &HeaderMap) -> GivenKey<'_> {
+    let api_keys = headers
+        .get_all(API_KEY)
+        .iter()
+        .map(|value| value.as_bytes().trim_ascii());
+    let bearers = headers.get_all(AUTHORIZATION).iter().filter_map(bearer);
+    let mut given = api_keys.chain(bearers).filter(|key| !key.is_empty());
+    let Some(first) = given.next() else {
+        return GivenKey::None;
+    };
+    if given.all(|other| other == first) {
+        GivenKey::One(first)
+    } else {
+        GivenKey::Two
+    }
+}
+
+/// The token of `Bearer token`; the scheme's case doesn't matter (RFC 9110 section 11.1).
+fn bearer(value: &HeaderValue) -> Option<&[u8]> {
+    let (scheme, token) = value.as_bytes().trim_ascii().split_at_checked(6)?;
+    let separated = token.first().is_some_and(u8::is_ascii_whitespace);
+    (separated && scheme.eq_ignore_ascii_case(b"bearer")).then(|| token.trim_ascii())
+}
+
+/// Removes what is meant for this connection alone, in either direction.
+/// Answers whether the sender takes trailers (`TE: trailers`).
+pub fn strip_hop_by_hop(headers: &mut HeaderMap) -> bool {
+    let takes_trailers = headers.contains_key(TE) && lists(headers.get_all(TE), b"trailers");
+    if headers.contains_key(CONNECTION) {
+        let named: Vec<HeaderName> = headers
+            .get_all(CONNECTION)
+            .iter()
+            .flat_map(|value| value.as_bytes().split(|byte| *byte == b','))
+            .filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok())
+            .collect();
+        for name in named {
+            headers.remove(name);
+        }
+        headers.remove(CONNECTION);
+    }
+    for name in [PROXY_CONNECTION, KEEP_ALIVE, TE, TRANSFER_ENCODING, UPGRADE] {
+        headers.remove(name);
+    }
+    takes_trailers
+}
+
+fn lists(values: GetAll<'_, HeaderValue>, word: &[u8]) -> bool {
+    values
+        .iter()
+        .flat_map(|value| value.as_bytes().split(|byte| *byte == b','))
+        .any(|item| {
+            let name = item.split(|byte| *byte == b';').next().unwrap_or_default();
+            name.trim_ascii().eq_ignore_ascii_case(word)
+        })
+}
+
+/// Makes a client's headers into those for the upstream: everything but the
+/// credential, which [`put_credential`] adds.
+pub fn prepare(headers: &mut HeaderMap, host: &HeaderValue) {
+    let takes_trailers = strip_hop_by_hop(headers);
+    headers.remove(API_KEY);
+    headers.remove(AUTHORIZATION);
+    headers.remove(PROXY_AUTHORIZATION);
+    if takes_trailers {
+        headers.insert(TE, HeaderValue::from_static("trailers"));
+        // Over HTTP/2 the library leaves this out.
+        headers.insert(CONNECTION, HeaderValue::from_static("TE"));
+    }
+    headers.insert(HOST, host.clone());
+    join_cookies(headers);
+}
+
+/// HTTP/2 may split a cookie header, HTTP/1 may not (RFC 9113 section 8.2.3).
+fn join_cookies(headers: &mut HeaderMap) {
+    if headers.get_all(COOKIE).iter().nth(1).is_none() {
+        return;
+    }
+    let joined = headers
+        .get_all(COOKIE)
+        .iter()
+        .map(HeaderValue::as_bytes)
+        .collect::<Vec<_>>()
+        .join(&b"; "[..]);
+    if let Ok(joined) = HeaderValue::from_bytes(&joined) {
+        headers.insert(COOKIE, joined);
+    }
+}
+
+/// How an account's token is sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scheme {
+    Bearer,
+    ApiKey,
+}
+
+/// Puts the account's credential in.
+pub fn put_credential(headers: &mut HeaderMap, scheme: Scheme, value: HeaderValue) {
+    match scheme {
+        Scheme::Bearer => headers.insert(AUTHORIZATION, value),
+        Scheme::ApiKey => headers.insert(API_KEY, value),
+    };
+}
+
+/// What a head takes on the wire, near enough for a limit, in bytes.
+pub fn size(target: usize, headers: &HeaderMap) -> usize {
+    let fields = headers
+        .iter()
+        .map(|(name, value)| name.as_str().len() + value.len() + 4);
+    target + 16 + fields.sum::<usize>()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn map(fields: &[(&'static str, &'static str)]) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        for (name, value) in fields {
+            headers.append(
+                HeaderName::from_static(name),
+                HeaderValue::from_static(value),
+            );
+        }
+        headers
+    }
+
+    #[test]
+    fn a_key_is_read_from_either_header() {
+        let cases: [(&[(&str, &str)], GivenKey<'_>); 13] = [
+            (&[("x-api-key", "k")], GivenKey::One(b"k")),
+            (&[("authorization", "Bearer k")], GivenKey::One(b"k")),
+            (&[("authorization", "bEARER   k ")], GivenKey::One(b"k")),
+            (
+                &[("x-api-key", "k"), ("authorization", "Bearer k")],
+                GivenKey::One(b"k"),
+            ),
+            (
+                &[("x-api-key", "k"), ("x-api-key", "k")],
+                GivenKey::One(b"k"),
+            ),
+            (
+                &[("x-api-key", ""), ("authorization", "Bearer k")],
+                GivenKey::One(b"k"),
+            ),
+            (
+                &[("x-api-key", "k"), ("authorization", "Basic abc")],
+                GivenKey::One(b"k"),
+            ),
+            (
+                &[("x-api-key", "k"), ("authorization", "Bearer other")],
+                GivenKey::Two,
+            ),
+            (&[("x-api-key", "k"), ("x-api-key", "other")], GivenKey::Two),
+            (&[], GivenKey::None),
+            (&[("authorization", "Basic abc")], GivenKey::None),
+            (&[("authorization", "Bearerk")], GivenKey::None),
+            (&[("authorization", "Bearer ")], GivenKey::None),
+        ];
+        for (fields, expected) in cases {
+            assert_eq!(client_key(&map(fields)), expected, "{fields:?}");
+        }
+    }
+
+    #[test]
+    fn hop_by_hop_headers_stay_behind_and_others_pass_in_order() {
+        let mut headers = map(&[
+            ("connection", "close, X-One ,te"),
+            ("connection", "x-two"),
+            ("x-one", "1"),
+            ("x-two", "2"),
+            ("x-three", "3"),
+            ("keep-alive", "timeout=5"),
+            ("proxy-connection", "keep-alive"),
+            ("te", "gzip;q=0.5"),
+            ("transfer-encoding", "chunked"),
+            ("upgrade", "websocket"),
+            ("trailer", "x-sum"),
+            ("x-three", "again"),
+        ]);
+        assert!(!strip_hop_by_hop(&mut headers));
+        assert_eq!(
+            headers,
+            map(&[("x-three", "3"), ("x-three", "again"), ("trailer", "x-sum")])
+        );
+    }
+
+    #[test]
+    fn nothing_of_the_clients_credentials_is_left() {
+        let host = HeaderValue::from_static("api.example.com");
+        let mut headers = map(&[
+            ("x-api-key", "k"),
+            ("authorization", "Bearer k"),
+            ("proxy-authorization", "Basic k"),
+            ("host", "here"),
+            ("te", "trailers, deflate;q=0.5"),
+            ("cookie", "a=1"),
+            ("cookie", "b=2"),
+        ]);
+        prepare(&mut headers, &host);
+        let expected = map(&[
+            ("host", "api.example.com"),
+            ("te", "trailers"),
+            ("connection", "TE"),
+            ("cookie", "a=1; b=2"),
+        ]);
+        assert_eq!(headers, expected);
+        put_credential(
+            &mut headers,
+            Scheme::ApiKey,
+            HeaderValue::from_static("token"),
+        );
+        assert_eq!(headers[API_KEY], "token");
+    }
+
+    #[test]
+    fn a_connection_header_can_not_take_the_new_credential_away() {
+        let mut headers = map(&[
+            (
+                "connection",
+                "authorization, x-api-key, host, content-length",
+            ),
+            ("content-length", "5"),
+        ]);
+        prepare(&mut headers, &HeaderValue::from_static("h"));
+        put_credential(
+            &mut headers,
+            Scheme::Bearer,
+            HeaderValue::from_static("Bearer t"),
+        );
+        assert_eq!(
+            headers,
+            map(&[("host", "h"), ("authorization", "Bearer t")])
+        );
+    }
+}

@@ -1,0 +1,415 @@
+//! The way of a request: whose it is, which account it gets, up to the upstream
+//! and back; and once more on another account when the first one is refused.
+
+use crate::accounts::Account;
+use crate::answers::Code;
+use crate::client_io::{Active, Exchange};
+use crate::config::Limits;
+use crate::headers::{self, GivenKey};
+use crate::lender::{Denied, Grant, Lender, State};
+use crate::metrics::Metrics;
+use crate::relay::{Relay, Reply};
+use crate::report::{Report, log_lease};
+use crate::upload::{self, Fault, Rules, Upload};
+use crate::upstream::{Base, SendError, Upstream};
+use hyper::body::{Body, Incoming};
+use hyper::header::{EXPECT, HeaderMap};
+use hyper::http::request::Parts;
+use hyper::{Method, Request, Response, StatusCode, Uri, Version};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// What one thread needs to serve requests.
+pub struct Proxy {
+    pub base: Base,
+    pub upstream: Upstream,
+    pub lender: Lender,
+    pub metrics: Arc<Metrics>,
+    pub limits: Limits,
+    pub uploads: Rules,
+    pub stream_timeout: Duration,
+    pub cooldown: Duration,
+    pub began: Instant,
+}
+
+/// A request that is ready for any account.
+struct Order {
+    method: Method,
+    uri: Uri,
+    headers: HeaderMap,
+    extensions: hyper::http::Extensions,
+    upload: Upload,
+    key: Box<[u8]>,
+    expects_continue: bool,
+}
+
+/// An answer of the forwarder's own.
+#[derive(Clone, Copy)]
+struct Own {
+    code: Code,
+    retry_after: Option<u64>,
+}
+
+impl From<Code> for Own {
+    fn from(code: Code) -> Self {
+        Self {
+            code,
+            retry_after: None,
+        }
+    }
+}
+
+impl From<Denied> for Own {
+    fn from(denied: Denied) -> Self {
+        Self {
+            code: denied.code,
+            retry_after: denied.retry_after,
+        }
+    }
+}
+
+impl Proxy {
+    /// Answers a request. Dropping the future drops the upstream's part too.
+    pub async fn serve(
+        &self,
+        request: Request<Incoming>,
+        exchange: &Arc<Exchange>,
+    ) -> Response<Reply> {
+        let active = exchange.begin();
+        let (parts, body) = request.into_parts();
+        let mut report = Report::begin(&self.metrics, &parts.method, &parts.uri);
+        match self.admit(&parts, &body, &mut report).await {
+            Ok((grant, key)) => self.forward(parts, body, key, grant, report, active).await,
+            Err(own) => {
+                // A client that waits for leave to send its body will not send it.
+                if !parts.headers.contains_key(EXPECT) {
+                    upload::drain(body);
+                }
+                answer(own, report, active)
+            }
+        }
+    }
+
+    /// What can be said before any of the body has been read.
+    async fn admit(
+        &self,
+        parts: &Parts,
+        body: &Incoming,
+        report: &mut Report,
+    ) -> Result<(Grant, Box<[u8]>), Own> {
+        let target = parts
+            .uri
+            .path_and_query()
+            .map_or(0, |target| target.as_str().len());
+        if headers::size(target, &parts.headers) > self.limits.header {
+            return Err(Code::HeadersTooLarge.into());
+        }
+        if parts.method == Method::CONNECT {
+            return Err(Code::Unsupported.into());
+        }
+        let key: Box<[u8]> = match headers::client_key(&parts.headers) {
+            GivenKey::One(key) => key.into(),
+            GivenKey::None => return Err(Code::NoKeyGiven.into()),
+            GivenKey::Two => return Err(Code::TwoKeys.into()),
+        };
+        report.key(&key);
+        if body.size_hint().lower() > self.limits.body {
+            return Err(Code::BodyTooLarge.into());
+        }
+        Ok((self.acquire(&key).await?, key))
+    }
+
+    async fn acquire(&self, key: &[u8]) -> Result<Grant, Own> {
+        let asked = Instant::now();
+        let outcome = self.lender.acquire(key).await;
+        self.metrics.acquire.observe(asked.elapsed().as_secs_f64());
+        match outcome {
+            Ok(grant) => {
+                if grant.state == State::Grace {
+                    self.metrics.grace.inc();
+                }
+                log_lease(&grant);
+                Ok(grant)
+            }
+            Err(denied) => {
+                if denied.retry_after.is_some() {
+                    tracing::warn!(
+                        event = "denied",
+                        code = denied.code.name(),
+                        "No account: {} ({})",
+                        denied.why,
+                        denied.code.name()
+                    );
+                }
+                Err(denied.into())
+            }
+        }
+    }
+
+    async fn forward(
+        &self,
+        parts: Parts,
+        body: Incoming,
+        key: Box<[u8]>,
+        grant: Grant,
+        mut report: Report,
+        active: Active,
+    ) -> Response<Reply> {
+        report.granted(&grant);
+        let Some(uri) = self.base.join(&parts.uri) else {
+            return answer(Code::BadRequest.into(), report, active);
+        };
+        let mut order = Order {
+            method: parts.method,
+            uri,
+            expects_continue: expects_continue(&parts.headers),
+            headers: parts.headers,
+            extensions: parts.extensions,
+            upload: Upload::new(body, &self.uploads),
+            key,
+        };
+        headers::prepare(&mut order.headers, &self.base.host);
+        order.extensions.remove::<hyper::upgrade::OnUpgrade>();
+        report.upload(&order.upload);
+        match self.exchange(&order, grant, &mut report).await {
+            Ok(response) => self.relay(response, &order, report, active),
+            Err(own) => answer(own, report, active),
+        }
+    }
+
+    fn relay(
+        &self,
+        response: Response<Incoming>,
+        order: &Order,
+        mut report: Report,
+        active: Active,
+    ) -> Response<Reply> {
+        order.upload.forget();
+        report.answered(response.status().as_u16());
+        let (mut parts, body) = response.into_parts();
+        headers::strip_hop_by_hop(&mut parts.headers);
+        parts.version = Version::HTTP_11;
+        let relay = Relay::new(body, report, self.stream_timeout);
+        Response::from_parts(parts, Reply::upstream(relay, active))
+    }
+
+    /// Sends the request, on another account where the first is of no use.
+    async fn exchange(
+        &self,
+        order: &Order,
+        mut grant: Grant,
+        report: &mut Report,
+    ) -> Result<Response<Incoming>, Own> {
+        // The account that this request has had cooled down, if another took its place.
+        let mut replaced: Option<Arc<Account>> = None;
+        let mut sent_again = false;
+        loop {
+            let account = Arc::clone(&grant.lease.account);
+            match self.send(order, &grant).await {
+                Ok(response)
+                    if response.status() == StatusCode::UNAUTHORIZED && !grant.lease.bound =>
+                {
+                    self.metrics.upstream_error(&account.name, "401");
+                    if sent_again {
+                        // Two accounts in a row: it may well be the request.
+                        if let Some(first) =
+                            replaced.filter(|first| first.may_be_innocent(self.now()))
+                        {
+                            self.put_back(&first).await;
+                        }
+                        return Ok(response);
+                    }
+                    match self.replace(order, &grant).await {
+                        Replacement::Grant(next, cooled) => {
+                            replaced = cooled.then_some(account);
+                            discard(response);
+                            self.metrics.failovers.inc();
+                            grant = next;
+                        }
+                        Replacement::None(own) => return Err(own),
+                        Replacement::Innocent => return Ok(response),
+                    }
+                }
+                Ok(response) => {
+                    account.well(self.now());
+                    return Ok(response);
+                }
+                Err(SendError::Upload(fault)) => return Err(of_fault(fault).into()),
+                Err(error) => {
+                    self.metrics.upstream_error(&account.name, error.name());
+                    let own = Own::from(match error {
+                        SendError::Timeout | SendError::ConnectTimeout => Code::UpstreamTimeout,
+                        _ => Code::Upstream,
+                    });
+                    let cooled = self.connection_failed(&grant, error).await;
+                    let again = error == SendError::Connect || order.method.is_idempotent();
+                    if sent_again || !again || error == SendError::Timeout {
+                        return Err(own);
+                    }
+                    // A connection that the upstream closed just then is no fault of
+                    // the account's; one that has been cooled down is not asked for.
+                    if cooled {
+                        grant = self.acquire(&order.key).await?;
+                    }
+                }
+            }
+            if order.upload.fault().is_some() || !order.upload.in_hand() {
+                return Err(Own {
+                    code: Code::Account,
+                    retry_after: Some(1),
+                });
+            }
+            sent_again = true;
+            report.granted(&grant);
+        }
+    }
+
+    async fn send(&self, order: &Order, grant: &Grant) -> Result<Response<Incoming>, SendError> {
+        let body = order.upload.body().ok_or(SendError::Broke)?;
+        let mut request = Request::new(body);
+        *request.method_mut() = order.method.clone();
+        *request.uri_mut() = order.uri.clone();
+        *request.headers_mut() = order.headers.clone();
+        *request.extensions_mut() = order.extensions.clone();
+        headers::put_credential(
+            request.headers_mut(),
+            grant.lease.scheme,
+            grant.lease.credential.clone(),
+        );
+        if order.expects_continue
+            && let Some(go) = order.upload.withhold()
+        {
+            let go = std::sync::Mutex::new(Some(go));
+            hyper::ext::on_informational(&mut request, move |informational| {
+                if informational.status() == StatusCode::CONTINUE
+                    && let Ok(mut go) = go.lock()
+                    && let Some(go) = go.take()
+                {
+                    let _ = go.send(());
+                }
+            });
+        }
+        self.upstream.send(request, &order.upload).await
+    }
+
+    /// The upstream has refused the account: finds another for the request.
+    async fn replace(&self, order: &Order, refused: &Grant) -> Replacement {
+        let account = &refused.lease.account;
+        // Another request may have been quicker, or the file has a new token.
+        match self.acquire(&order.key).await {
+            Ok(grant) if grant.state == State::Grace => {
+                return Replacement::None(Own {
+                    code: Code::Redis,
+                    retry_after: Some(1),
+                });
+            }
+            Ok(grant) if grant.lease.credential != refused.lease.credential => {
+                return Replacement::Grant(grant, false);
+            }
+            Ok(_) => {}
+            Err(own) => return Replacement::None(own),
+        }
+        if !self
+            .cool(account, account.refused(), "the upstream answered 401")
+            .await
+        {
+            return Replacement::Innocent;
+        }
+        match self.acquire(&order.key).await {
+            Ok(grant) if grant.lease.credential != refused.lease.credential => {
+                Replacement::Grant(grant, true)
+            }
+            Ok(_) => Replacement::Innocent,
+            Err(_) if account.may_be_innocent(self.now()) => {
+                self.put_back(account).await;
+                Replacement::Innocent
+            }
+            Err(own) => Replacement::None(own),
+        }
+    }
+
+    /// Answers whether the account has been cooled down.
+    async fn connection_failed(&self, grant: &Grant, error: SendError) -> bool {
+        let account = &grant.lease.account;
+        if grant.lease.bound || error == SendError::Timeout {
+            return false;
+        }
+        match self.lender.accounts.failed(account, self.now()) {
+            Some(units) => {
+                self.cool(account, units, "connections to the upstream keep failing")
+                    .await
+            }
+            None => false,
+        }
+    }
+
+    async fn cool(&self, account: &Account, units: u32, reason: &str) -> bool {
+        let span = self.cooldown * units;
+        let cooled = self
+            .lender
+            .cooldown(&account.name, span.as_millis(), reason)
+            .await;
+        if cooled {
+            let (name, seconds) = (&*account.name, span.as_secs_f64());
+            tracing::warn!(
+                event = "cooldown",
+                account = name,
+                seconds,
+                reason,
+                "Account {name} is out of the pool for {seconds} s: {reason}"
+            );
+        }
+        cooled
+    }
+
+    async fn put_back(&self, account: &Account) {
+        if self.lender.cooldown(&account.name, 0, "").await {
+            account.put_back();
+            let name = &*account.name;
+            tracing::warn!(
+                event = "put-back",
+                account = name,
+                "Account {name} is back in the pool: it seems to be the request that is refused"
+            );
+        }
+    }
+
+    fn now(&self) -> u64 {
+        u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
+/// What becomes of a request whose account was refused.
+enum Replacement {
+    /// Another account; whether this request had the first one cooled down.
+    Grant(Grant, bool),
+    None(Own),
+    /// The refusal is the client's to see.
+    Innocent,
+}
+
+fn of_fault(fault: Fault) -> Code {
+    match fault {
+        Fault::TooLarge => Code::BodyTooLarge,
+        Fault::Silent => Code::RequestTimeout,
+        Fault::Broken => Code::BadRequest,
+        Fault::Superseded => Code::Upstream,
+    }
+}
+
+fn expects_continue(headers: &HeaderMap) -> bool {
+    headers
+        .get(EXPECT)
+        .is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"))
+}
+
+/// Reads a small answer to its end, so that its connection can be used again.
+fn discard(response: Response<Incoming>) {
+    upload::drain(response.into_body());
+}
+
+fn answer(own: Own, mut report: Report, active: Active) -> Response<Reply> {
+    let response = own.code.response(own.retry_after);
+    report.own(own.code, response.body().size_hint().exact().unwrap_or(0));
+    response.map(|body| Reply::own(body, active))
+}

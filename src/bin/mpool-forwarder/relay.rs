@@ -1,0 +1,185 @@
+//! The answer's body on its way down: passed on frame by frame, with an eye on
+//! silence and on how it ended. Dropping it drops the upstream's stream.
+
+use crate::client_io::Active;
+use crate::report::{End, Report};
+use bytes::Bytes;
+use http_body::{Body, Frame, SizeHint};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+use tokio::time::{Instant, Sleep};
+
+/// What a client is sent.
+pub struct Reply {
+    body: Source,
+    _active: Active,
+}
+
+#[expect(
+    clippy::large_enum_variant,
+    reason = "the large one is nearly all there is"
+)]
+enum Source {
+    Upstream(Relay),
+    Own(Full<Bytes>),
+}
+
+impl Reply {
+    pub fn upstream(relay: Relay, active: Active) -> Self {
+        Self {
+            body: Source::Upstream(relay),
+            _active: active,
+        }
+    }
+
+    /// An answer of the forwarder's own.
+    pub fn own(body: Full<Bytes>, active: Active) -> Self {
+        Self {
+            body: Source::Own(body),
+            _active: active,
+        }
+    }
+}
+
+/// Why a stream ended before its time. The connection to the client is cut
+/// then: a broken answer must never look whole.
+#[derive(Clone, Copy, Debug)]
+pub enum Broken {
+    Upstream,
+    Silent,
+}
+
+impl fmt::Display for Broken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Upstream => "the upstream broke off",
+            Self::Silent => "the upstream fell silent",
+        })
+    }
+}
+
+impl std::error::Error for Broken {}
+
+/// The upstream's body.
+pub struct Relay {
+    live: Incoming,
+    report: Report,
+    silence: Duration,
+    last: Instant,
+    timer: Option<Pin<Box<Sleep>>>,
+    /// Bytes yet to come, where that is known.
+    left: Option<u64>,
+}
+
+impl Relay {
+    /// `silence` is how long the upstream may send nothing.
+    pub fn new(live: Incoming, report: Report, silence: Duration) -> Self {
+        let left = live.size_hint().exact();
+        let mut relay = Self {
+            live,
+            report,
+            silence,
+            last: Instant::now(),
+            timer: None,
+            left,
+        };
+        if relay.live.is_end_stream() {
+            relay.report.ended(End::Whole);
+        }
+        relay
+    }
+
+    fn poll_silence(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        let deadline = self.last + self.silence;
+        let timer = self
+            .timer
+            .get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline)));
+        while timer.as_mut().poll(cx).is_ready() {
+            if Instant::now() >= deadline {
+                self.report.ended(End::UpstreamSilent);
+                return Poll::Ready(Some(Err(Broken::Silent)));
+            }
+            timer.as_mut().reset(deadline);
+        }
+        Poll::Pending
+    }
+}
+
+impl Body for Relay {
+    type Data = Bytes;
+    type Error = Broken;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        let this = self.get_mut();
+        match Pin::new(&mut this.live).poll_frame(cx) {
+            Poll::Ready(Some(Ok(frame))) => {
+                this.last = Instant::now();
+                if let Some(data) = frame.data_ref() {
+                    this.report.sent(data.len());
+                    this.left = this.left.map(|left| left.saturating_sub(data.len() as u64));
+                    // The server stops asking as soon as it has all that was announced.
+                    if this.left == Some(0) {
+                        this.report.ended(End::Whole);
+                    }
+                }
+                Poll::Ready(Some(Ok(frame)))
+            }
+            Poll::Ready(None) => {
+                this.report.ended(End::Whole);
+                Poll::Ready(None)
+            }
+            Poll::Ready(Some(Err(_))) => {
+                this.report.ended(End::UpstreamBroke);
+                Poll::Ready(Some(Err(Broken::Upstream)))
+            }
+            Poll::Pending => this.poll_silence(cx),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.live.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.live.size_hint()
+    }
+}
+
+impl Body for Reply {
+    type Data = Bytes;
+    type Error = Broken;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        match &mut self.get_mut().body {
+            Source::Upstream(relay) => Pin::new(relay).poll_frame(cx),
+            Source::Own(body) => Pin::new(body)
+                .poll_frame(cx)
+                .map_err(|never| match never {}),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.body {
+            Source::Upstream(relay) => relay.is_end_stream(),
+            Source::Own(body) => body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.body {
+            Source::Upstream(relay) => relay.size_hint(),
+            Source::Own(body) => body.size_hint(),
+        }
+    }
+}

@@ -1,0 +1,323 @@
+//! What one request leaves behind: its log line and its part in the metrics,
+//! whatever way it ends.
+
+use crate::accounts::Account;
+use crate::answers::Code;
+use crate::lender::{Grant, Lease, State, clock};
+use crate::metrics::Metrics;
+use crate::upload::Upload;
+use hyper::{Method, Uri};
+use std::fmt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// The status in the log when the client went before there was one, as nginx has it.
+const CLIENT_WENT: u16 = 499;
+const HOUR_MS: i64 = 3_600_000;
+
+/// How an exchange ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    Whole,
+    ClientGone,
+    UpstreamBroke,
+    UpstreamSilent,
+}
+
+impl End {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Whole => "whole",
+            Self::ClientGone => "client-gone",
+            Self::UpstreamBroke => "upstream-broke",
+            Self::UpstreamSilent => "upstream-silent",
+        }
+    }
+}
+
+/// The account of one request; it is closed when it is dropped.
+pub struct Report {
+    metrics: Arc<Metrics>,
+    method: Method,
+    uri: Uri,
+    /// In full; only ever shown masked.
+    key: Option<Box<str>>,
+    upload: Option<Upload>,
+    started: Instant,
+    first_byte: Option<Duration>,
+    status: u16,
+    code: Option<Code>,
+    account: Option<(Arc<Account>, State)>,
+    sent: u64,
+    end: End,
+}
+
+impl Report {
+    pub fn begin(metrics: &Arc<Metrics>, method: &Method, uri: &Uri) -> Self {
+        metrics.in_flight.inc();
+        Self {
+            metrics: Arc::clone(metrics),
+            method: method.clone(),
+            uri: uri.clone(),
+            key: None,
+            upload: None,
+            started: Instant::now(),
+            first_byte: None,
+            status: CLIENT_WENT,
+            code: None,
+            account: None,
+            sent: 0,
+            end: End::ClientGone,
+        }
+    }
+
+    /// Whose request it is.
+    pub fn key(&mut self, key: &[u8]) {
+        if lines_are_wanted() {
+            self.key = Some(String::from_utf8_lossy(key).into());
+        }
+    }
+
+    pub fn upload(&mut self, upload: &Upload) {
+        self.upload = Some(upload.clone());
+    }
+
+    pub fn granted(&mut self, grant: &Grant) {
+        self.account = Some((Arc::clone(&grant.lease.account), grant.state));
+    }
+
+    /// The upstream's head is on its way to the client.
+    pub fn answered(&mut self, status: u16) {
+        let elapsed = self.started.elapsed();
+        self.first_byte = Some(elapsed);
+        self.status = status;
+        self.metrics.first_byte.observe(elapsed.as_secs_f64());
+    }
+
+    /// The answer is one of the forwarder's own.
+    pub fn own(&mut self, code: Code, bytes: u64) {
+        self.status = code.status();
+        self.code = Some(code);
+        self.sent = bytes;
+        self.end = End::Whole;
+    }
+
+    pub fn sent(&mut self, bytes: usize) {
+        self.sent += bytes as u64;
+    }
+
+    pub fn ended(&mut self, end: End) {
+        if self.end == End::ClientGone {
+            self.end = end;
+        }
+    }
+}
+
+impl Drop for Report {
+    fn drop(&mut self) {
+        self.metrics.finished(self.status, self.code, self.end);
+        if lines_are_wanted() {
+            self.log();
+        }
+    }
+}
+
+impl Report {
+    fn log(&self) {
+        let method = self.method.as_str();
+        let path = Path {
+            path: self.uri.path(),
+            key: self.key.as_deref(),
+        };
+        let received = self.upload.as_ref().map_or(0, Upload::received);
+        let total = self.started.elapsed();
+        let first_byte = self.first_byte.unwrap_or(total);
+        let account = self
+            .account
+            .as_ref()
+            .map_or("-", |(account, _)| &account.name);
+        let state = self.account.as_ref().map_or("-", |(_, state)| state.name());
+        let key = self.key.as_deref().map_or_else(|| "-".into(), mask);
+        let (ttfb_ms, total_ms) = (ms(first_byte), ms(total));
+        let error = self.code.map(Code::name);
+        let end = (self.end != End::Whole).then(|| self.end.name());
+        let mark = |name: &'static str, value: Option<&'static str>| Mark(name, value);
+        tracing::info!(
+            event = "request",
+            method,
+            path = %path,
+            status = self.status,
+            bytes_in = received,
+            bytes_out = self.sent,
+            ttfb_ms,
+            total_ms,
+            account,
+            state,
+            key = &*key,
+            error,
+            end = self.end.name(),
+            "{method} {path} {} in={received} out={} ttfb={ttfb_ms}ms total={total_ms}ms account={account} \
+             state={state} key={key}{}{}",
+            self.status,
+            self.sent,
+            mark("error", error),
+            mark("end", end),
+        );
+    }
+}
+
+struct Mark(&'static str, Option<&'static str>);
+
+impl fmt::Display for Mark {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.1 {
+            Some(value) => write!(f, " {}={value}", self.0),
+            None => Ok(()),
+        }
+    }
+}
+
+fn ms(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+pub fn lines_are_wanted() -> bool {
+    tracing::enabled!(tracing::Level::INFO)
+}
+
+/// The lines of the pool: which account a request got, and why.
+pub fn log_lease(grant: &Grant) {
+    if !lines_are_wanted() {
+        return;
+    }
+    let lease: &Lease = &grant.lease;
+    let account: &str = &lease.account.name;
+    match grant.state {
+        State::Assigned | State::Rotated | State::Failover => {
+            let span = lease.next_rotation.unwrap_or(0) - lease.last_rotation.unwrap_or(0);
+            let (hours, state) = (span / HOUR_MS, grant.state.name());
+            tracing::info!(
+                event = "rotated",
+                account,
+                hours,
+                state,
+                "🔄 Pool: Rotated to account: {account} (will rotate in {hours} hours)"
+            );
+            if let Some(previous) = &grant.previous_account {
+                tracing::info!(event = "previous", account = %previous, "📝 Previous account was: {previous}");
+            }
+        }
+        State::Current => {
+            let hours = (lease.next_rotation.unwrap_or(0) - clock()).max(0) / HOUR_MS;
+            tracing::info!(
+                event = "current",
+                account,
+                hours,
+                "📌 Pool: Using current account: {account} ({hours} hours until rotation)"
+            );
+        }
+        State::Bound => return,
+        State::Grace => {
+            tracing::warn!(
+                event = "grace",
+                account,
+                "Redis can't be asked: going on with the lease seen last, account: {account}"
+            );
+            return;
+        }
+    }
+    tracing::info!(
+        event = "token",
+        account,
+        "✅ Successfully obtained token from pool account: {account}"
+    );
+}
+
+/// Enough of a key to tell it from others, not enough to use it; in the form
+/// that MPOOL.STATUS has.
+fn mask(key: &str) -> String {
+    const PREFIX: &str = "sk-cli-v1-";
+    if !key.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return "...".into();
+    }
+    let (head, body) = key
+        .strip_prefix(PREFIX)
+        .map_or(("", key), |body| (PREFIX, body));
+    let shown = if body.len() >= 16 { 4 } else { 0 };
+    let first = body.get(..shown).unwrap_or_default();
+    let last = body.get(body.len() - shown..).unwrap_or_default();
+    format!("{head}{first}...{last}")
+}
+
+/// A path as it is logged: without control characters, and without a key that
+/// someone put into it.
+struct Path<'a> {
+    path: &'a str,
+    key: Option<&'a str>,
+}
+
+impl fmt::Display for Path<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const LONGEST: usize = 512;
+        let own = self.key.filter(|key| key.len() >= 4);
+        let mut rest = self.path;
+        let mut written = 0;
+        while let Some(next) = rest.chars().next() {
+            if written >= LONGEST {
+                return f.write_str("...");
+            }
+            if let Some(after) = own.and_then(|key| rest.strip_prefix(key)) {
+                f.write_str("...")?;
+                rest = after;
+                continue;
+            }
+            // Whatever looks like a key is one.
+            if let Some(key) = rest.strip_prefix("sk-") {
+                let length = key
+                    .find(|c: char| !c.is_ascii_alphanumeric() && c != '-' && c != '_')
+                    .unwrap_or(key.len());
+                f.write_str("sk-...")?;
+                rest = key.get(length..).unwrap_or_default();
+                written += 6;
+                continue;
+            }
+            write!(f, "{}", next.escape_default())?;
+            written += 1;
+            rest = rest.get(next.len_utf8()..).unwrap_or_default();
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_are_masked_as_the_module_does_it() {
+        let key = format!("sk-cli-v1-{}", "0123456789abcdef".repeat(4));
+        assert_eq!(mask(&key), "sk-cli-v1-0123...cdef");
+        assert_eq!(mask("short-secret"), "...");
+        assert_eq!(mask("schlüssel-schlüssel"), "...");
+    }
+
+    #[test]
+    fn a_key_in_a_path_is_not_shown() {
+        let shown = |path: &str| {
+            Path {
+                path,
+                key: Some("hand-made"),
+            }
+            .to_string()
+        };
+        assert_eq!(shown("/hand-made/x/hand-made"), "/.../x/...");
+        assert_eq!(shown("/v1/messages"), "/v1/messages");
+        assert_eq!(
+            shown("/k/sk-cli-v1-0123/more/sk-ant-x_y"),
+            "/k/sk-.../more/sk-..."
+        );
+        assert_eq!(shown("/a\u{9}b"), "/a\\tb");
+        assert_eq!(shown("/ü"), "/\\u{fc}");
+        assert!(shown(&"/x".repeat(5000)).len() < 600);
+    }
+}

@@ -1,0 +1,333 @@
+//! Takes clients' connections and spreads them over threads. Each thread has a
+//! runtime, connections to the upstream and a connection to Redis of its own, so
+//! a request never changes threads.
+
+use crate::answers::Code;
+use crate::client_io::{ClientIo, Exchange};
+use crate::config::{Config, Timeouts};
+use crate::lender::{Lender, Seen};
+use crate::link::{Event, Link};
+use crate::metrics::Metrics;
+use crate::proxy::Proxy;
+use crate::upload::{Budget, Rules};
+use crate::upstream::Upstream;
+use hyper::Request;
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use hyper_util::server::graceful::{GracefulShutdown, Watcher};
+use std::convert::Infallible;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{mpsc, oneshot};
+use tokio_rustls::TlsAcceptor;
+
+/// Streams of one HTTP/2 connection at once.
+const MAX_STREAMS: u32 = 256;
+/// Connections beyond the limit that are told so at once; others are just closed.
+const MAX_TOLD: usize = 64;
+
+/// What all threads share.
+pub struct Shared {
+    pub config: Config,
+    pub metrics: Arc<Metrics>,
+    pub seen: Arc<Seen>,
+    pub accounts: Arc<crate::accounts::Accounts>,
+    pub began: Instant,
+    /// Whether the log says already that Redis can't be asked.
+    pub outage_told: Arc<AtomicBool>,
+}
+
+impl Shared {
+    /// Asks Redis from the runtime that this is called on.
+    pub fn lender(&self) -> Result<Lender, String> {
+        let metrics = Arc::clone(&self.metrics);
+        let told = Arc::clone(&self.outage_told);
+        let shown = self.config.redis.shown();
+        let link = Link::start(
+            &self.config.redis,
+            self.config.timeouts.redis,
+            move |event| match event {
+                // Every thread has a connection; the first one speaks for all.
+                Event::Up => {
+                    told.store(false, Ordering::Relaxed);
+                    if metrics.redis_up.inc() == 0 {
+                        tracing::info!(event = "redis", "connected to Redis at {shown}");
+                    }
+                }
+                Event::Lost => {
+                    if metrics.redis_up.dec() == 1 {
+                        tracing::error!(
+                            event = "redis",
+                            "the connection to Redis at {shown} is lost"
+                        );
+                    }
+                }
+                Event::Down(why) => {
+                    if !told.swap(true, Ordering::Relaxed) {
+                        tracing::error!(event = "redis", "Redis at {shown} can't be asked: {why}");
+                    }
+                }
+            },
+        )?;
+        Ok(Lender {
+            link,
+            seen: Arc::clone(&self.seen),
+            accounts: Arc::clone(&self.accounts),
+        })
+    }
+}
+
+/// A connection's place among those allowed; it is given back when dropped.
+struct Place {
+    open: Arc<AtomicUsize>,
+    metrics: Arc<Metrics>,
+}
+
+impl Place {
+    fn take(open: &Arc<AtomicUsize>, metrics: &Arc<Metrics>) -> Self {
+        open.fetch_add(1, Ordering::Relaxed);
+        metrics.connections.inc();
+        Self {
+            open: Arc::clone(open),
+            metrics: Arc::clone(metrics),
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.open.fetch_sub(1, Ordering::Relaxed);
+        self.metrics.connections.dec();
+    }
+}
+
+struct Worker {
+    connections: mpsc::UnboundedSender<(std::net::TcpStream, Place)>,
+    /// Connections that it has.
+    open: Arc<AtomicUsize>,
+    finished: oneshot::Receiver<()>,
+}
+
+/// The threads that serve.
+pub struct Workers {
+    shared: Arc<Shared>,
+    workers: Vec<Worker>,
+}
+
+impl Workers {
+    /// # Errors
+    /// When a thread or its runtime can't be had.
+    pub fn start(shared: &Arc<Shared>) -> io::Result<Self> {
+        let tls = shared
+            .config
+            .tls
+            .clone()
+            .map(|config| TlsAcceptor::from(Arc::new(config)));
+        let budget = Arc::new(Budget::new(shared.config.limits.replay_memory));
+        let workers = (0..shared.config.threads).map(|number| {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()?;
+            let (connections, waiting) = mpsc::unbounded_channel();
+            let (done, finished) = oneshot::channel();
+            let (shared, tls, budget) = (Arc::clone(shared), tls.clone(), Arc::clone(&budget));
+            thread::Builder::new()
+                .name(format!("worker-{number}"))
+                .spawn(move || {
+                    runtime.block_on(work(&shared, tls, budget, waiting));
+                    let _ = done.send(());
+                })?;
+            Ok(Worker {
+                connections,
+                open: Arc::default(),
+                finished,
+            })
+        });
+        Ok(Self {
+            shared: Arc::clone(shared),
+            workers: workers.collect::<io::Result<_>>()?,
+        })
+    }
+
+    /// Takes connections, for ever.
+    pub async fn accept(&self, listener: TcpListener) {
+        let limit = self.shared.config.limits.connections;
+        let told = Arc::new(AtomicUsize::new(0));
+        let mut complained = None;
+        loop {
+            let stream = match listener.accept().await {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    // Out of file descriptors, most likely: it passes when clients go.
+                    if complained.is_none_or(|at: Instant| at.elapsed() > Duration::from_secs(10)) {
+                        complained = Some(Instant::now());
+                        tracing::error!(event = "accept", "Connections can't be taken: {error}");
+                    }
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                    continue;
+                }
+            };
+            let Some(worker) = self
+                .workers
+                .iter()
+                .min_by_key(|worker| worker.open.load(Ordering::Relaxed))
+            else {
+                return;
+            };
+            let open: usize = self
+                .workers
+                .iter()
+                .map(|worker| worker.open.load(Ordering::Relaxed))
+                .sum();
+            if open >= limit {
+                if self.shared.config.tls.is_none() && told.load(Ordering::Relaxed) < MAX_TOLD {
+                    tokio::spawn(turn_away(stream, Place::take(&told, &self.shared.metrics)));
+                }
+                continue;
+            }
+            let _ = stream.set_nodelay(true);
+            let place = Place::take(&worker.open, &self.shared.metrics);
+            if let Ok(stream) = stream.into_std() {
+                let _ = worker.connections.send((stream, place));
+            }
+        }
+    }
+
+    /// No connection comes any more: waits until the requests under way are done.
+    pub async fn drain(self) {
+        for worker in self.workers {
+            drop(worker.connections);
+            let _ = worker.finished.await;
+        }
+    }
+}
+
+async fn turn_away(mut stream: TcpStream, _place: Place) {
+    let talk = async {
+        stream.write_all(&Code::Connections.bytes()).await?;
+        stream.shutdown().await?;
+        let mut scrap = [0; 1024];
+        while stream.read(&mut scrap).await? > 0 {}
+        io::Result::Ok(())
+    };
+    let _ = tokio::time::timeout(Duration::from_secs(1), talk).await;
+}
+
+async fn work(
+    shared: &Arc<Shared>,
+    tls: Option<TlsAcceptor>,
+    budget: Arc<Budget>,
+    mut waiting: mpsc::UnboundedReceiver<(std::net::TcpStream, Place)>,
+) {
+    let config = &shared.config;
+    let lender = match shared.lender() {
+        Ok(lender) => lender,
+        Err(why) => return tracing::error!("{why}"),
+    };
+    let proxy = Arc::new(Proxy {
+        base: config.upstream.clone(),
+        upstream: Upstream::new(
+            config.upstream_tls.clone(),
+            config.upstream_protocol,
+            &config.timeouts,
+            &config.limits,
+        ),
+        lender,
+        metrics: Arc::clone(&shared.metrics),
+        limits: config.limits,
+        uploads: Rules {
+            most: config.limits.body,
+            keep: config.limits.replay_body,
+            silence: config.timeouts.body,
+            budget,
+        },
+        stream_timeout: config.timeouts.stream,
+        cooldown: config.cooldown,
+        began: shared.began,
+    });
+    let http = http(config.limits.header);
+    let graceful = GracefulShutdown::new();
+    while let Some((stream, place)) = waiting.recv().await {
+        let Ok(stream) = TcpStream::from_std(stream) else {
+            continue;
+        };
+        let serving = Serving {
+            proxy: Arc::clone(&proxy),
+            http: http.clone(),
+            timeouts: config.timeouts,
+            watcher: graceful.watcher(),
+            _place: place,
+        };
+        let tls = tls.clone();
+        tokio::spawn(async move {
+            match tls {
+                None => serving.connection(stream).await,
+                Some(tls) => {
+                    let handshake =
+                        tokio::time::timeout(serving.timeouts.header, tls.accept(stream));
+                    if let Ok(Ok(stream)) = handshake.await {
+                        serving.connection(stream).await;
+                    }
+                }
+            }
+        });
+    }
+    graceful.shutdown().await;
+}
+
+/// How HTTP is spoken with clients.
+fn http(max_header: usize) -> auto::Builder<TokioExecutor> {
+    let mut builder = auto::Builder::new(TokioExecutor::new());
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        // ClientIo has its own, which tells an idle client from a slow one.
+        .header_read_timeout(None)
+        .auto_date_header(false)
+        .preserve_header_case(true)
+        .max_headers(256)
+        .max_buf_size(max_header.max(8192));
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .auto_date_header(false)
+        .max_concurrent_streams(MAX_STREAMS)
+        // What is between this and the limit gets a full answer.
+        .max_header_list_size(u32::try_from(max_header.saturating_mul(2)).unwrap_or(u32::MAX))
+        .keep_alive_interval(Duration::from_secs(30));
+    builder
+}
+
+/// One connection's share of everything.
+struct Serving {
+    proxy: Arc<Proxy>,
+    http: auto::Builder<TokioExecutor>,
+    timeouts: Timeouts,
+    watcher: Watcher,
+    _place: Place,
+}
+
+impl Serving {
+    async fn connection<S>(self, stream: S)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let exchange = Arc::new(Exchange::default());
+        let io = TokioIo::new(ClientIo::new(stream, Arc::clone(&exchange), &self.timeouts));
+        let proxy = self.proxy;
+        let service = service_fn(move |request: Request<Incoming>| {
+            let (proxy, exchange) = (Arc::clone(&proxy), Arc::clone(&exchange));
+            async move { Ok::<_, Infallible>(proxy.serve(request, &exchange).await) }
+        });
+        let connection = self.http.serve_connection(io, service).into_owned();
+        // Whatever ends it has been reported request by request.
+        let _ = self.watcher.watch(connection).await;
+    }
+}
