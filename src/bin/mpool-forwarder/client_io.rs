@@ -4,28 +4,44 @@
 
 use crate::answers::Code;
 use crate::config::Timeouts;
+use crate::patience::Patience;
 use bytes::{Buf, Bytes};
-use std::future::Future;
+use futures_util::FutureExt;
 use std::io::{self, IoSlice};
+use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::time::{Instant, Sleep};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf, Ready};
+use tokio::net::TcpStream;
+use tokio::time::Instant;
+use tokio_rustls::server::TlsStream;
 
 /// How much a client that was refused may still send before the connection is
 /// closed, in bytes, and for how long: closed at once, it would lose the answer.
 const LINGER: (usize, Duration) = (1 << 20, Duration::from_secs(2));
 
 /// What a connection's transport and its requests tell each other.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Exchange {
     /// Requests begun and not wholly answered.
     active: AtomicU32,
     /// Requests so far.
     requests: AtomicU64,
+    /// Whether the head that came last may hold a Content-Length.
+    may_have_length: AtomicBool,
+}
+
+impl Default for Exchange {
+    fn default() -> Self {
+        Self {
+            active: AtomicU32::new(0),
+            requests: AtomicU64::new(0),
+            may_have_length: AtomicBool::new(true),
+        }
+    }
 }
 
 impl Exchange {
@@ -35,6 +51,26 @@ impl Exchange {
         self.requests.fetch_add(1, Ordering::Relaxed);
         Active(Arc::clone(self))
     }
+
+    /// Whether the request's head may hold a Content-Length. The library drops
+    /// it without a word beside a Transfer-Encoding.
+    pub fn take_may_have_length(&self) -> bool {
+        self.may_have_length.swap(true, Ordering::Relaxed)
+    }
+
+    fn head_came(&self, bytes: &[u8], whole: bool) {
+        self.may_have_length
+            .store(!whole || names_length(bytes), Ordering::Relaxed);
+    }
+}
+
+fn names_length(head: &[u8]) -> bool {
+    const NAME: &[u8] = b"content-length";
+    memchr::memchr_iter(b'-', head).any(|at| {
+        let start = at.checked_sub(7);
+        let name = start.and_then(|start| head.get(start..start + NAME.len()));
+        name.is_some_and(|name| name.eq_ignore_ascii_case(NAME))
+    })
 }
 
 /// A request that is not wholly answered yet.
@@ -55,6 +91,23 @@ struct Bounds {
     send: Duration,
 }
 
+/// A transport that has a socket underneath.
+pub trait Transport: AsyncRead + AsyncWrite + Unpin {
+    fn socket(&self) -> &TcpStream;
+}
+
+impl Transport for TcpStream {
+    fn socket(&self) -> &TcpStream {
+        self
+    }
+}
+
+impl Transport for TlsStream<TcpStream> {
+    fn socket(&self) -> &TcpStream {
+        self.get_ref().0
+    }
+}
+
 /// A transport `S` with bounds.
 pub struct ClientIo<S> {
     inner: S,
@@ -70,9 +123,13 @@ pub struct ClientIo<S> {
     idle_since: Instant,
     /// When a head began to come, since the connection is idle.
     head_since: Option<Instant>,
+    /// Whether the library reads, so that it sees a client go.
+    reading: bool,
+    /// Looks out for that while it does not: a second view of the socket.
+    lookout: Option<TcpStream>,
     /// Since when the client takes nothing.
     stalled_since: Option<Instant>,
-    timer: Pin<Box<Sleep>>,
+    patience: Patience,
     /// An answer in the place of the library's, or where it has none.
     own: Option<Bytes>,
     /// What came since that answer, in bytes, and when the wait for it ends.
@@ -82,7 +139,7 @@ pub struct ClientIo<S> {
     shut: bool,
 }
 
-impl<S: AsyncRead + AsyncWrite + Unpin> ClientIo<S> {
+impl<S: Transport> ClientIo<S> {
     pub fn new(inner: S, exchange: Arc<Exchange>, timeouts: &Timeouts) -> Self {
         let now = Instant::now();
         let bounds = Bounds {
@@ -100,10 +157,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> ClientIo<S> {
             was_active: false,
             idle_since: now,
             head_since: None,
+            reading: false,
+            lookout: None,
             stalled_since: None,
-            timer: Box::pin(tokio::time::sleep_until(
-                now + bounds.header.min(bounds.keepalive),
-            )),
+            patience: Patience::new(),
             own: None,
             lingering: None,
             expired: false,
@@ -123,21 +180,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> ClientIo<S> {
             self.clean = false;
             self.was_active = true;
             self.head_since = None;
+            self.reading = false;
         }
-    }
-
-    /// The timer is set anew only when it fires, not for each request.
-    fn poll_deadline(&mut self, deadline: Instant, cx: &mut Context<'_>) -> Poll<()> {
-        if self.timer.deadline() > deadline {
-            self.timer.as_mut().reset(deadline);
-        }
-        while self.timer.as_mut().poll(cx).is_ready() {
-            if Instant::now() >= deadline {
-                return Poll::Ready(());
-            }
-            self.timer.as_mut().reset(deadline);
-        }
-        Poll::Pending
     }
 
     /// Whether the client has been silent for too long, and was in the middle of
@@ -152,10 +196,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> ClientIo<S> {
         }
         match self.head_since {
             Some(since) => self
-                .poll_deadline(since + self.bounds.header, cx)
+                .patience
+                .poll(since + self.bounds.header, cx)
                 .map(|()| true),
             None => self
-                .poll_deadline(self.idle_since + self.bounds.keepalive, cx)
+                .patience
+                .poll(self.idle_since + self.bounds.keepalive, cx)
                 .map(|()| false),
         }
     }
@@ -209,8 +255,35 @@ impl<S: AsyncRead + AsyncWrite + Unpin> ClientIo<S> {
             return polled;
         }
         let since = *self.stalled_since.get_or_insert_with(Instant::now);
-        ready!(self.poll_deadline(since + self.bounds.send, cx));
+        ready!(self.patience.poll(since + self.bounds.send, cx));
         Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
+    }
+
+    /// Whether the client has gone while the library does not read, as more
+    /// requests wait behind the one under way, or its body can't be passed on:
+    /// the end lies behind what is unread, but the socket knows of it.
+    fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.lookout.is_none() {
+            let view = self.inner.socket().as_fd().try_clone_to_owned();
+            let view = view
+                .map(std::net::TcpStream::from)
+                .and_then(TcpStream::from_std);
+            self.lookout = view.ok();
+        }
+        let Some(lookout) = &self.lookout else {
+            return Poll::Pending;
+        };
+        while ready!(lookout.poll_read_ready(cx)).is_ok() {
+            let seen = lookout.ready(Interest::READABLE).now_or_never();
+            if seen.is_some_and(|seen| seen.is_ok_and(|seen: Ready| seen.is_read_closed())) {
+                return Poll::Ready(());
+            }
+            // Nothing is read here: this waits for what the socket says next.
+            let _ = lookout.try_io(Interest::READABLE, || {
+                io::Result::<()>::Err(io::ErrorKind::WouldBlock.into())
+            });
+        }
+        Poll::Pending
     }
 
     /// Reads what the refused client still sends, within bounds.
@@ -223,14 +296,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> ClientIo<S> {
                     self.lingering = Some((seen + buffer.filled().len(), until));
                 }
                 Poll::Ready(_) => break,
-                Poll::Pending => return self.poll_deadline(until, cx),
+                Poll::Pending => return self.patience.poll(until, cx),
             }
         }
         Poll::Ready(())
     }
 }
 
-impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for ClientIo<S> {
+impl<S: Transport> AsyncRead for ClientIo<S> {
     fn poll_read(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -244,13 +317,18 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for ClientIo<S> {
         let before = buffer.filled().len();
         if let Poll::Ready(read) = Pin::new(&mut this.inner).poll_read(cx, buffer) {
             let came = buffer.filled().get(before..).unwrap_or_default();
+            if !came.is_empty() && this.is_idle() {
+                this.exchange.head_came(came, this.head_since.is_none());
+            }
             if !came.is_empty() && this.head_since.is_none() && this.is_idle() {
                 this.is_http2 |= this.noted == 0 && came.starts_with(b"PRI ");
                 // In HTTP/2 what comes between requests need not be a head.
                 this.head_since = (!this.is_http2).then(Instant::now);
             }
+            this.reading = false;
             return Poll::Ready(read);
         }
+        this.reading = true;
         let in_a_head = ready!(this.poll_silence(cx));
         this.expired = true;
         if in_a_head {
@@ -262,7 +340,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for ClientIo<S> {
     }
 }
 
-impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for ClientIo<S> {
+impl<S: Transport> AsyncWrite for ClientIo<S> {
     fn poll_write(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -304,8 +382,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for ClientIo<S> {
         ready!(this.poll_own(cx))?;
         ready!(Pin::new(&mut this.inner).poll_flush(cx))?;
         this.note();
-        // The library flushes when it has written all it had.
+        // The library flushes when it has written all it had, and each time it
+        // has nothing to do.
         this.clean = this.is_idle();
+        if !this.clean && !this.reading && this.poll_gone(cx).is_ready() {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+        }
         Poll::Ready(Ok(()))
     }
 
@@ -318,5 +400,31 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for ClientIo<S> {
         }
         ready!(this.poll_linger(cx));
         Poll::Ready(Ok(()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_length_is_seen_in_any_case_and_place() {
+        for head in [
+            "Content-Length: 3",
+            "x-y: 1\r\ncontent-length:3\r\n",
+            "--CONTENT-LENGTH",
+        ] {
+            assert!(names_length(head.as_bytes()), "{head}");
+        }
+        for head in [
+            "",
+            "-",
+            "content_length: 3",
+            "Content-Type: text",
+            "content-lengt",
+            "ent-length: 3",
+        ] {
+            assert!(!names_length(head.as_bytes()), "{head}");
+        }
     }
 }

@@ -3,7 +3,7 @@
 //! as it is. Pure.
 
 use hyper::header::{
-    AUTHORIZATION, CONNECTION, COOKIE, HOST, HeaderMap, HeaderName, HeaderValue,
+    AUTHORIZATION, CONNECTION, CONTENT_LENGTH, COOKIE, HOST, HeaderMap, HeaderName, HeaderValue,
     PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE,
 };
 use hyper::http::header::GetAll;
@@ -62,6 +62,10 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) -> bool {
         }
         headers.remove(CONNECTION);
     }
+    if headers.contains_key(TRANSFER_ENCODING) {
+        // RFC 9112 section 6.3: it overrides a length, which must not go on.
+        headers.remove(CONTENT_LENGTH);
+    }
     for name in [PROXY_CONNECTION, KEEP_ALIVE, TE, TRANSFER_ENCODING, UPGRADE] {
         headers.remove(name);
     }
@@ -79,19 +83,48 @@ fn lists(values: GetAll<'_, HeaderValue>, word: &[u8]) -> bool {
 }
 
 /// Makes a client's headers into those for the upstream: everything but the
-/// credential, which [`put_credential`] adds.
-pub fn prepare(headers: &mut HeaderMap, host: &HeaderValue) {
+/// credential, which [`put_credential`] adds, and `Host`, which the client
+/// library takes from the upstream's URL, over HTTP/2 as `:authority`.
+pub fn prepare(headers: &mut HeaderMap, over_http2: bool) {
     let takes_trailers = strip_hop_by_hop(headers);
     headers.remove(API_KEY);
     headers.remove(AUTHORIZATION);
     headers.remove(PROXY_AUTHORIZATION);
+    headers.remove(HOST);
     if takes_trailers {
         headers.insert(TE, HeaderValue::from_static("trailers"));
-        // Over HTTP/2 the library leaves this out.
-        headers.insert(CONNECTION, HeaderValue::from_static("TE"));
+        if !over_http2 {
+            headers.insert(CONNECTION, HeaderValue::from_static("TE"));
+        }
     }
-    headers.insert(HOST, host.clone());
-    join_cookies(headers);
+    if !over_http2 {
+        join_cookies(headers);
+    }
+}
+
+/// What may not come as a trailer: a receiver might take it for a header.
+pub fn strip_trailers(trailers: &mut HeaderMap) {
+    strip_hop_by_hop(trailers);
+    for name in [
+        API_KEY,
+        AUTHORIZATION,
+        PROXY_AUTHORIZATION,
+        HOST,
+        CONTENT_LENGTH,
+        COOKIE,
+    ] {
+        trailers.remove(name);
+    }
+}
+
+/// Whether a request's framing is one that everybody reads the same way: no
+/// transfer coding, or `chunked` alone.
+pub fn framing_is_plain(headers: &HeaderMap) -> bool {
+    let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
+    let first = codings
+        .next()
+        .is_none_or(|coding| coding.as_bytes().eq_ignore_ascii_case(b"chunked"));
+    first && codings.next().is_none()
 }
 
 /// HTTP/2 may split a cookie header, HTTP/1 may not (RFC 9113 section 8.2.3).
@@ -209,8 +242,26 @@ mod tests {
     }
 
     #[test]
+    fn only_plain_framings_pass() {
+        for (codings, plain) in [
+            (&[][..], true),
+            (&["chunked"][..], true),
+            (&["Chunked"][..], true),
+            (&["gzip, chunked"][..], false),
+            (&["chunked, chunked"][..], false),
+            (&["identity", "chunked"][..], false),
+            (&["xchunked"][..], false),
+        ] {
+            let fields: Vec<_> = codings
+                .iter()
+                .map(|coding| ("transfer-encoding", *coding))
+                .collect();
+            assert_eq!(framing_is_plain(&map(&fields)), plain, "{codings:?}");
+        }
+    }
+
+    #[test]
     fn nothing_of_the_clients_credentials_is_left() {
-        let host = HeaderValue::from_static("api.example.com");
         let mut headers = map(&[
             ("x-api-key", "k"),
             ("authorization", "Bearer k"),
@@ -220,9 +271,8 @@ mod tests {
             ("cookie", "a=1"),
             ("cookie", "b=2"),
         ]);
-        prepare(&mut headers, &host);
+        prepare(&mut headers, false);
         let expected = map(&[
-            ("host", "api.example.com"),
             ("te", "trailers"),
             ("connection", "TE"),
             ("cookie", "a=1; b=2"),
@@ -245,15 +295,12 @@ mod tests {
             ),
             ("content-length", "5"),
         ]);
-        prepare(&mut headers, &HeaderValue::from_static("h"));
+        prepare(&mut headers, false);
         put_credential(
             &mut headers,
             Scheme::Bearer,
             HeaderValue::from_static("Bearer t"),
         );
-        assert_eq!(
-            headers,
-            map(&[("host", "h"), ("authorization", "Bearer t")])
-        );
+        assert_eq!(headers, map(&[("authorization", "Bearer t")]));
     }
 }

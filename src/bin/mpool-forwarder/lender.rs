@@ -187,7 +187,7 @@ impl Lender {
             .arg(key)
             .arg("*")
             .arg("WITHTOKEN");
-        let denied = match self.link.ask(&command).await {
+        let denied = match self.link.ask(command).await {
             Ok(reply) => {
                 self.heard();
                 return self.granted(key, reply);
@@ -267,7 +267,7 @@ impl Lender {
         if ms > 0 {
             command.arg("REASON").arg(reason);
         }
-        match self.link.ask(&command).await {
+        match self.link.ask(command).await {
             Ok(_) => true,
             Err(Failure::Refused(error)) => {
                 let code = error.code().unwrap_or("an error");
@@ -284,7 +284,7 @@ impl Lender {
     /// What is missing, for an operator.
     pub async fn ready(&self) -> Result<(), String> {
         let command = redis::cmd("MPOOL.STATUS");
-        match self.link.ask(&command).await {
+        match self.link.ask(command).await {
             Ok(reply) if usable_accounts(&reply) > 0 => Ok(()),
             Ok(_) => Err("no account can be used now".into()),
             Err(Failure::Unreachable(why)) => Err(format!("Redis can't be asked: {why}")),

@@ -2,7 +2,7 @@
 //! untouched. It knows the pool through the module's commands alone.
 //!
 //! - [`config`]: flags and environment, checked before anything is bound
-//! - [`server`]: connections and threads; [`client_io`]: a connection's bounds
+//! - [`server`]: connections and threads; [`client_io`], [`patience`]: bounds on them
 //! - [`proxy`]: the way of a request; [`headers`], [`upload`], [`relay`]: its parts
 //! - [`lender`]: what the pool says; [`link`]: the connection to Redis
 //! - [`accounts`]: rules for accounts in trouble
@@ -40,6 +40,7 @@ mod lender;
 mod link;
 mod log;
 mod metrics;
+mod patience;
 mod proxy;
 mod relay;
 mod report;

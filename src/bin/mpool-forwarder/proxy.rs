@@ -13,7 +13,7 @@ use crate::report::{Report, log_lease};
 use crate::upload::{self, Fault, Rules, Upload};
 use crate::upstream::{Base, SendError, Upstream};
 use hyper::body::{Body, Incoming};
-use hyper::header::{EXPECT, HeaderMap};
+use hyper::header::{CONNECTION, EXPECT, HeaderMap, HeaderValue, TRANSFER_ENCODING};
 use hyper::http::request::Parts;
 use hyper::{Method, Request, Response, StatusCode, Uri, Version};
 use std::sync::Arc;
@@ -75,19 +75,35 @@ impl Proxy {
         request: Request<Incoming>,
         exchange: &Arc<Exchange>,
     ) -> Response<Reply> {
+        let may_have_length = exchange.take_may_have_length();
         let active = exchange.begin();
         let (parts, body) = request.into_parts();
         let mut report = Report::begin(&self.metrics, &parts.method, &parts.uri);
-        match self.admit(&parts, &body, &mut report).await {
+        let plain = headers::framing_is_plain(&parts.headers);
+        // RFC 9112 section 6.1: where a length came with a coding, nothing that
+        // follows on the connection is to be trusted.
+        let last = !plain || may_have_length && parts.headers.contains_key(TRANSFER_ENCODING);
+        let admitted = if plain {
+            self.admit(&parts, &body, &mut report).await
+        } else {
+            Err(Code::BadRequest.into())
+        };
+        let mut response = match admitted {
             Ok((grant, key)) => self.forward(parts, body, key, grant, report, active).await,
             Err(own) => {
                 // A client that waits for leave to send its body will not send it.
                 if !parts.headers.contains_key(EXPECT) {
-                    upload::drain(body);
+                    upload::discard(body);
                 }
                 answer(own, report, active)
             }
+        };
+        if last {
+            response
+                .headers_mut()
+                .insert(CONNECTION, HeaderValue::from_static("close"));
         }
+        response
     }
 
     /// What can be said before any of the body has been read.
@@ -168,7 +184,7 @@ impl Proxy {
             upload: Upload::new(body, &self.uploads),
             key,
         };
-        headers::prepare(&mut order.headers, &self.base.host);
+        headers::prepare(&mut order.headers, self.upstream.over_http2());
         order.extensions.remove::<hyper::upgrade::OnUpgrade>();
         report.upload(&order.upload);
         match self.exchange(&order, grant, &mut report).await {
@@ -222,13 +238,17 @@ impl Proxy {
                     match self.replace(order, &grant).await {
                         Replacement::Grant(next, cooled) => {
                             replaced = cooled.then_some(account);
-                            discard(response);
+                            upload::discard(response.into_body());
                             self.metrics.failovers.inc();
                             grant = next;
                         }
                         Replacement::None(own) => return Err(own),
                         Replacement::Innocent => return Ok(response),
                     }
+                }
+                // No upgrade was asked for.
+                Ok(response) if response.status() == StatusCode::SWITCHING_PROTOCOLS => {
+                    return Err(Code::Upstream.into());
                 }
                 Ok(response) => {
                     account.well(self.now());
@@ -276,16 +296,12 @@ impl Proxy {
             grant.lease.scheme,
             grant.lease.credential.clone(),
         );
-        if order.expects_continue
-            && let Some(go) = order.upload.withhold()
-        {
-            let go = std::sync::Mutex::new(Some(go));
+        if order.expects_continue {
+            order.upload.withhold();
+            let upload = order.upload.clone();
             hyper::ext::on_informational(&mut request, move |informational| {
-                if informational.status() == StatusCode::CONTINUE
-                    && let Ok(mut go) = go.lock()
-                    && let Some(go) = go.take()
-                {
-                    let _ = go.send(());
+                if informational.status() == StatusCode::CONTINUE {
+                    upload.let_go();
                 }
             });
         }
@@ -401,11 +417,6 @@ fn expects_continue(headers: &HeaderMap) -> bool {
     headers
         .get(EXPECT)
         .is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"))
-}
-
-/// Reads a small answer to its end, so that its connection can be used again.
-fn discard(response: Response<Incoming>) {
-    upload::drain(response.into_body());
 }
 
 fn answer(own: Own, mut report: Report, active: Active) -> Response<Reply> {

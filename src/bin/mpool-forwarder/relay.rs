@@ -2,17 +2,17 @@
 //! silence and on how it ended. Dropping it drops the upstream's stream.
 
 use crate::client_io::Active;
+use crate::patience::Patience;
 use crate::report::{End, Report};
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::Full;
 use hyper::body::Incoming;
 use std::fmt;
-use std::future::Future;
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
-use tokio::time::{Instant, Sleep};
+use tokio::time::Instant;
 
 /// What a client is sent.
 pub struct Reply {
@@ -71,7 +71,7 @@ pub struct Relay {
     report: Report,
     silence: Duration,
     last: Instant,
-    timer: Option<Pin<Box<Sleep>>>,
+    patience: Patience,
     /// Bytes yet to come, where that is known.
     left: Option<u64>,
 }
@@ -85,7 +85,7 @@ impl Relay {
             report,
             silence,
             last: Instant::now(),
-            timer: None,
+            patience: Patience::new(),
             left,
         };
         if relay.live.is_end_stream() {
@@ -95,18 +95,9 @@ impl Relay {
     }
 
     fn poll_silence(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
-        let deadline = self.last + self.silence;
-        let timer = self
-            .timer
-            .get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline)));
-        while timer.as_mut().poll(cx).is_ready() {
-            if Instant::now() >= deadline {
-                self.report.ended(End::UpstreamSilent);
-                return Poll::Ready(Some(Err(Broken::Silent)));
-            }
-            timer.as_mut().reset(deadline);
-        }
-        Poll::Pending
+        ready!(self.patience.poll(self.last + self.silence, cx));
+        self.report.ended(End::UpstreamSilent);
+        Poll::Ready(Some(Err(Broken::Silent)))
     }
 }
 

@@ -115,6 +115,9 @@ impl Report {
 
 impl Drop for Report {
     fn drop(&mut self) {
+        if let Some(upload) = &self.upload {
+            upload.close();
+        }
         self.metrics.finished(self.status, self.code, self.end);
         if lines_are_wanted() {
             self.log();

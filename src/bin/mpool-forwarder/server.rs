@@ -3,7 +3,7 @@
 //! a request never changes threads.
 
 use crate::answers::Code;
-use crate::client_io::{ClientIo, Exchange};
+use crate::client_io::{ClientIo, Exchange, Transport};
 use crate::config::{Config, Timeouts};
 use crate::lender::{Lender, Seen};
 use crate::link::{Event, Link};
@@ -23,7 +23,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, oneshot};
 use tokio_rustls::TlsAcceptor;
@@ -317,7 +317,7 @@ struct Serving {
 impl Serving {
     async fn connection<S>(self, stream: S)
     where
-        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        S: Transport + Send + 'static,
     {
         let exchange = Arc::new(Exchange::default());
         let io = TokioIo::new(ClientIo::new(stream, Arc::clone(&exchange), &self.timeouts));

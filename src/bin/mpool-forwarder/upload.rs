@@ -2,19 +2,21 @@
 //! limit, watched for silence, and kept up to a limit, so that the request can be
 //! sent once more on another account.
 
+use crate::headers;
+use crate::patience::Patience;
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
+use http_body_util::BodyExt;
 use hyper::HeaderMap;
 use hyper::body::Incoming;
 use std::fmt;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
-use tokio::sync::oneshot;
-use tokio::time::{Instant, Sleep};
+use tokio::time::Instant;
 
 /// Why the client's body could not be passed on whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,14 +102,18 @@ struct Source {
     fault: Option<Fault>,
     attempt: u32,
     last: Instant,
-    timer: Option<Pin<Box<Sleep>>>,
+    patience: Patience,
+    /// Whoever waits for more of it.
+    waker: Option<Waker>,
     /// Held until the upstream says that it wants the body.
     gate: Option<Gate>,
 }
 
+/// What holds a body back.
 struct Gate {
-    opened: oneshot::Receiver<()>,
-    patience: Pin<Box<Sleep>>,
+    /// When it opens by itself; never once the answer is there.
+    opens_at: Option<Instant>,
+    patience: Patience,
 }
 
 /// How long a withheld body waits for `100 Continue` (RFC 9110 section 10.1.1
@@ -153,12 +159,25 @@ impl Source {
         let Some(gate) = &mut self.gate else {
             return Poll::Ready(());
         };
-        if Pin::new(&mut gate.opened).poll(cx).is_pending() {
-            ready!(gate.patience.as_mut().poll(cx));
-        }
-        self.gate = None;
-        self.last = Instant::now();
+        let Some(opens_at) = gate.opens_at else {
+            return Poll::Pending;
+        };
+        ready!(gate.patience.poll(opens_at, cx));
+        self.open();
         Poll::Ready(())
+    }
+
+    fn open(&mut self) {
+        if self.gate.take().is_some() {
+            self.last = Instant::now();
+            self.wake();
+        }
+    }
+
+    fn wake(&mut self) {
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
     }
 
     fn poll_live(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Fault>>> {
@@ -167,13 +186,18 @@ impl Source {
         }
         ready!(self.poll_gate(cx));
         match Pin::new(&mut self.live).poll_frame(cx) {
-            Poll::Ready(Some(Ok(frame))) => {
+            Poll::Ready(Some(Ok(mut frame))) => {
+                if let Some(trailers) = frame.trailers_mut() {
+                    headers::strip_trailers(trailers);
+                }
                 self.last = Instant::now();
                 self.received += frame.data_ref().map_or(0, |data| data.len() as u64);
                 if self.received > self.rules.most {
                     return self.fail(Fault::TooLarge);
                 }
                 self.keep(&frame);
+                // Where the length is known, nobody may ask for what comes after.
+                self.finished = self.live.is_end_stream();
                 Poll::Ready(Some(Ok(frame)))
             }
             Poll::Ready(Some(Err(_))) => self.fail(Fault::Broken),
@@ -186,19 +210,9 @@ impl Source {
         }
     }
 
-    /// The timer is set anew only when it fires, not for each frame.
     fn poll_silence(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Fault>>> {
-        let deadline = self.last + self.rules.silence;
-        let timer = self
-            .timer
-            .get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline)));
-        while timer.as_mut().poll(cx).is_ready() {
-            if Instant::now() >= deadline {
-                return self.fail(Fault::Silent);
-            }
-            timer.as_mut().reset(deadline);
-        }
-        Poll::Pending
+        ready!(self.patience.poll(self.last + self.rules.silence, cx));
+        self.fail(Fault::Silent)
     }
 }
 
@@ -229,7 +243,8 @@ impl Upload {
             fault: None,
             attempt: 0,
             last: Instant::now(),
-            timer: None,
+            patience: Patience::new(),
+            waker: None,
             gate: None,
         };
         Self {
@@ -258,6 +273,8 @@ impl Upload {
             return None;
         }
         source.attempt += 1;
+        // Whoever sends it now is to stop.
+        source.wake();
         let left = source
             .live
             .size_hint()
@@ -276,22 +293,66 @@ impl Upload {
         self.lock().is_none_or(|source| source.kept.is_some())
     }
 
-    /// Lets no byte go up until the sender is used, or dropped, or has been
-    /// silent for a second.
-    pub fn withhold(&self) -> Option<oneshot::Sender<()>> {
-        let mut source = self.lock()?;
-        let (sender, opened) = oneshot::channel();
-        source.gate = Some(Gate {
-            opened,
-            patience: Box::pin(tokio::time::sleep(CONTINUE_PATIENCE)),
-        });
-        Some(sender)
+    /// Lets no byte go up until [`Self::let_go`], or a second has passed.
+    pub fn withhold(&self) {
+        if let Some(mut source) = self.lock() {
+            source.gate = Some(Gate {
+                opens_at: Some(Instant::now() + CONTINUE_PATIENCE),
+                patience: Patience::new(),
+            });
+        }
     }
 
-    /// The answer has begun: the body won't be sent again.
+    /// The upstream wants the body.
+    pub fn let_go(&self) {
+        if let Some(mut source) = self.lock() {
+            source.open();
+        }
+    }
+
+    /// The exchange is over. What the client still sends is read on for as long
+    /// as that is bearable, so that it gets to read its answer instead of a reset
+    /// connection; a body still withheld will not be sent at all.
+    pub fn close(&self) {
+        let Some(shared) = self.source.clone() else {
+            return;
+        };
+        if let Some(mut source) = self.lock() {
+            source.forget();
+            if source.finished || source.fault == Some(Fault::Broken) {
+                return;
+            }
+            source.attempt += 1;
+            source.wake();
+            if source.gate.take().is_some() {
+                return;
+            }
+        }
+        let mut left = DRAIN.0;
+        drain(poll_fn(move |cx| {
+            let mut source = shared.lock().unwrap_or_else(PoisonError::into_inner);
+            loop {
+                match ready!(Pin::new(&mut source.live).poll_frame(cx)) {
+                    Some(Ok(frame)) => {
+                        left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len))
+                    }
+                    Some(Err(_)) | None => return Poll::Ready(()),
+                }
+                if left == 0 {
+                    return Poll::Ready(());
+                }
+            }
+        }));
+    }
+
+    /// The answer has begun: the body won't be sent again, and what is withheld
+    /// stays so, unless the upstream still asks for it.
     pub fn forget(&self) {
         if let Some(mut source) = self.lock() {
             source.forget();
+            if let Some(gate) = &mut source.gate {
+                gate.opens_at = None;
+            }
         }
     }
 
@@ -304,14 +365,8 @@ impl Upload {
         self.lock().map_or(0, |source| source.received)
     }
 
-    /// When the client has last been heard, if it is still sending.
-    pub fn still_coming(&self) -> Option<Instant> {
-        self.lock()
-            .and_then(|source| (!source.finished && source.fault.is_none()).then_some(source.last))
-    }
-
-    /// The end of the body; nothing for a request without one.
-    pub fn finished_at(&self) -> Option<Instant> {
+    /// When the body last came on, or ended; nothing for a request without one.
+    pub fn last_heard(&self) -> Option<Instant> {
         self.lock().map(|source| source.last)
     }
 }
@@ -354,6 +409,14 @@ impl Body for UploadBody {
             None if source.finished => Poll::Ready(None),
             None => source.poll_live(cx),
         };
+        if polled.is_pending()
+            && !source
+                .waker
+                .as_ref()
+                .is_some_and(|waker| waker.will_wake(cx.waker()))
+        {
+            source.waker = Some(cx.waker().clone());
+        }
         if let Poll::Ready(Some(Ok(frame))) = &polled {
             this.next += 1;
             let sent = frame.data_ref().map_or(0, |data| data.len() as u64);
@@ -372,23 +435,29 @@ impl Body for UploadBody {
     }
 }
 
-/// Reads on what a refused client still sends, so that it gets to read the
-/// answer instead of a reset connection, for as long as that is bearable.
-pub fn drain(body: Incoming) {
-    use http_body_util::BodyExt;
-    const MOST: usize = 16 << 20;
-    const LONGEST: Duration = Duration::from_secs(5);
+/// How much a client may still send that has its answer, in bytes, and for how long.
+const DRAIN: (usize, Duration) = (16 << 20, Duration::from_secs(5));
+
+fn drain(reading: impl Future<Output = ()> + Send + 'static) {
+    // There is no runtime any more when the process ends.
+    if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+        runtime.spawn(tokio::time::timeout(DRAIN.1, reading));
+    }
+}
+
+/// Reads a body to its end, within bounds, so that its connection can be used
+/// again and the other side isn't cut off.
+pub fn discard(mut body: Incoming) {
     if body.is_end_stream() {
         return;
     }
-    tokio::spawn(tokio::time::timeout(LONGEST, async move {
-        let mut body = body;
-        let mut drained = 0;
+    drain(async move {
+        let mut left = DRAIN.0;
         while let Some(Ok(frame)) = body.frame().await {
-            drained += frame.data_ref().map_or(0, Bytes::len);
-            if drained > MOST {
-                break;
+            left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
+            if left == 0 {
+                return;
             }
         }
-    }));
+    });
 }

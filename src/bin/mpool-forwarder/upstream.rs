@@ -2,21 +2,23 @@
 //! what can go wrong.
 
 use crate::config::{Limits, Timeouts};
+use crate::patience::Patience;
 use crate::upload::{Fault, Upload, UploadBody};
 use clap::ValueEnum;
 use hyper::body::Incoming;
-use hyper::header::HeaderValue;
 use hyper::http::uri::{Authority, PathAndQuery, Scheme};
-use hyper::{Request, Response, Uri};
+use hyper::{Request, Response, Uri, Version};
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder, MaybeHttpsStream};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use std::error::Error;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::str::FromStr;
-use std::task::{Context, Poll};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
@@ -44,7 +46,6 @@ pub struct Base {
     authority: Authority,
     /// Comes before each request's path; empty or without a slash at its end.
     prefix: String,
-    pub host: HeaderValue,
 }
 
 impl FromStr for Base {
@@ -72,13 +73,11 @@ impl FromStr for Base {
         if path.query().is_some() || url.contains('#') {
             return Err(format!("{form}, without a query"));
         }
-        let host = HeaderValue::from_str(authority.as_str()).map_err(|_| form)?;
         let prefix = path.path().trim_end_matches('/').to_owned();
         Ok(Self {
             scheme,
             authority,
             prefix,
-            host,
         })
     }
 }
@@ -151,6 +150,8 @@ impl SendError {
 pub struct Upstream {
     client: Client<Bounded, UploadBody>,
     response_timeout: Duration,
+    /// Whether HTTP/2 is spoken, as far as is known: what the last answer came by.
+    over_http2: Arc<AtomicBool>,
 }
 
 impl Upstream {
@@ -165,6 +166,10 @@ impl Upstream {
         tcp.enforce_http(false);
         tcp.set_connect_timeout(Some(timeouts.connect));
         tcp.set_keepalive(Some(Duration::from_secs(60)));
+        let may_negotiate = tls.is_some() && protocol == Protocol::Auto;
+        let over_http2 = Arc::new(AtomicBool::new(
+            may_negotiate || protocol == Protocol::Http2,
+        ));
         let tls = tls.unwrap_or_else(|| {
             // Never used: the base URL is http.
             rustls::ClientConfig::builder()
@@ -183,7 +188,7 @@ impl Upstream {
             .timer(TokioTimer::new())
             .pool_idle_timeout(IDLE)
             .pool_max_idle_per_host(MAX_IDLE)
-            .set_host(false)
+            .set_host(true)
             .http1_preserve_header_case(true)
             .http1_max_headers(256)
             .http1_max_buf_size(limits.header.max(256 << 10))
@@ -197,6 +202,19 @@ impl Upstream {
         Self {
             client,
             response_timeout: timeouts.response,
+            over_http2,
+        }
+    }
+
+    /// Whether the next request is likely to go by HTTP/2.
+    pub fn over_http2(&self) -> bool {
+        self.over_http2.load(Ordering::Relaxed)
+    }
+
+    fn note(&self, version: Version) {
+        let http2 = version == Version::HTTP_2;
+        if self.over_http2() != http2 {
+            self.over_http2.store(http2, Ordering::Relaxed);
         }
     }
 
@@ -212,25 +230,27 @@ impl Upstream {
         let sending = self.client.request(request);
         let mut sending = std::pin::pin!(sending);
         let mut deadline = Instant::now() + self.response_timeout;
-        loop {
-            let Ok(outcome) = tokio::time::timeout_at(deadline, sending.as_mut()).await else {
-                // The upstream's time begins when it has the whole request.
-                let now = Instant::now();
-                let began = upload
-                    .still_coming()
-                    .map(|_| now)
-                    .or_else(|| upload.finished_at());
-                match began
-                    .map(|began| began + self.response_timeout)
-                    .filter(|later| *later > now)
-                {
-                    Some(later) => deadline = later,
-                    None => return Err(SendError::Timeout),
+        let mut patience = Patience::shared();
+        poll_fn(|cx| {
+            if let Poll::Ready(outcome) = sending.as_mut().poll(cx) {
+                if let Ok(response) = &outcome {
+                    self.note(response.version());
                 }
-                continue;
-            };
-            return outcome.map_err(|error| classify(&error, upload));
-        }
+                return Poll::Ready(outcome.map_err(|error| classify(&error, upload)));
+            }
+            loop {
+                ready!(patience.poll(deadline, cx));
+                // The upstream's time begins when it has the whole request, as
+                // long as it takes it.
+                let now = Instant::now();
+                let moved = upload.last_heard().map(|last| last + self.response_timeout);
+                match moved.filter(|later| *later > now) {
+                    Some(later) => deadline = later,
+                    None => return Poll::Ready(Err(SendError::Timeout)),
+                }
+            }
+        })
+        .await
     }
 }
 
