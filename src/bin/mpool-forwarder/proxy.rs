@@ -17,6 +17,7 @@ use hyper::header::{CONNECTION, EXPECT, HeaderMap, HeaderValue, TRANSFER_ENCODIN
 use hyper::http::request::Parts;
 use hyper::{Method, Request, Response, StatusCode, Uri, Version};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// What one thread needs to serve requests.
@@ -30,6 +31,8 @@ pub struct Proxy {
     pub stream_timeout: Duration,
     pub cooldown: Duration,
     pub began: Instant,
+    /// When the log last said that there is no account, in ms.
+    pub complained_at: AtomicU64,
 }
 
 /// A request that is ready for any account.
@@ -148,7 +151,7 @@ impl Proxy {
                 Ok(grant)
             }
             Err(denied) => {
-                if denied.retry_after.is_some() {
+                if denied.retry_after.is_some() && self.may_complain() {
                     tracing::warn!(
                         event = "denied",
                         code = denied.code.name(),
@@ -209,27 +212,35 @@ impl Proxy {
         Response::from_parts(parts, Reply::upstream(relay, active))
     }
 
-    /// Sends the request, on another account where the first is of no use.
+    /// Sends the request; once more on another account where the first is
+    /// refused, and once more where the connection to the upstream was of no use.
     async fn exchange(
         &self,
         order: &Order,
         mut grant: Grant,
         report: &mut Report,
     ) -> Result<Response<Incoming>, Own> {
-        // The account that this request has had cooled down, if another took its place.
-        let mut replaced: Option<Arc<Account>> = None;
-        let mut sent_again = false;
+        let mut tried = Tried::default();
         loop {
             let account = Arc::clone(&grant.lease.account);
             match self.send(order, &grant).await {
+                // No upgrade was asked for.
+                Ok(response) if response.status() == StatusCode::SWITCHING_PROTOCOLS => {
+                    return Err(Code::Upstream.into());
+                }
                 Ok(response)
-                    if response.status() == StatusCode::UNAUTHORIZED && !grant.lease.bound =>
+                    if response.status() != StatusCode::UNAUTHORIZED || grant.lease.bound =>
                 {
+                    account.well(self.now());
+                    return Ok(response);
+                }
+                Ok(response) => {
                     self.metrics.upstream_error(&account.name, "401");
-                    if sent_again {
+                    if tried.another_account {
                         // Two accounts in a row: it may well be the request.
-                        if let Some(first) =
-                            replaced.filter(|first| first.may_be_innocent(self.now()))
+                        if let Some(first) = tried
+                            .cooled
+                            .filter(|first| first.may_be_innocent(self.now()))
                         {
                             self.put_back(&first).await;
                         }
@@ -237,49 +248,49 @@ impl Proxy {
                     }
                     match self.replace(order, &grant).await {
                         Replacement::Grant(next, cooled) => {
-                            replaced = cooled.then_some(account);
-                            upload::discard(response.into_body());
-                            self.metrics.failovers.inc();
+                            tried.another_account = true;
+                            tried.cooled = cooled.then_some(account);
                             grant = next;
                         }
                         Replacement::None(own) => return Err(own),
                         Replacement::Innocent => return Ok(response),
                     }
-                }
-                // No upgrade was asked for.
-                Ok(response) if response.status() == StatusCode::SWITCHING_PROTOCOLS => {
-                    return Err(Code::Upstream.into());
-                }
-                Ok(response) => {
-                    account.well(self.now());
-                    return Ok(response);
+                    upload::discard(response.into_body());
+                    if let Some(fault) = order.upload.fault() {
+                        return Err(of_fault(fault).into());
+                    }
+                    if !order.upload.in_hand() {
+                        return Err(Own {
+                            code: Code::Account,
+                            retry_after: Some(1),
+                        });
+                    }
+                    self.metrics.failovers.inc();
                 }
                 Err(SendError::Upload(fault)) => return Err(of_fault(fault).into()),
                 Err(error) => {
                     self.metrics.upstream_error(&account.name, error.name());
-                    let own = Own::from(match error {
-                        SendError::Timeout | SendError::ConnectTimeout => Code::UpstreamTimeout,
-                        _ => Code::Upstream,
-                    });
                     let cooled = self.connection_failed(&grant, error).await;
-                    let again = error == SendError::Connect || order.method.is_idempotent();
-                    if sent_again || !again || error == SendError::Timeout {
-                        return Err(own);
+                    // Only what was not sent, or may be sent twice (RFC 9110 section 9.2.2).
+                    let may_repeat = match error {
+                        SendError::Connect => true,
+                        SendError::Broke => order.method.is_idempotent(),
+                        _ => false,
+                    };
+                    if tried.another_connection || !may_repeat || !order.upload.in_hand() {
+                        return Err(match error {
+                            SendError::Timeout | SendError::ConnectTimeout => {
+                                Code::UpstreamTimeout.into()
+                            }
+                            _ => Code::Upstream.into(),
+                        });
                     }
-                    // A connection that the upstream closed just then is no fault of
-                    // the account's; one that has been cooled down is not asked for.
+                    tried.another_connection = true;
                     if cooled {
                         grant = self.acquire(&order.key).await?;
                     }
                 }
             }
-            if order.upload.fault().is_some() || !order.upload.in_hand() {
-                return Err(Own {
-                    code: Code::Account,
-                    retry_after: Some(1),
-                });
-            }
-            sent_again = true;
             report.granted(&grant);
         }
     }
@@ -390,9 +401,30 @@ impl Proxy {
         }
     }
 
+    /// Whether the log may have one more line that says what each request's line
+    /// says too: once a second.
+    fn may_complain(&self) -> bool {
+        let now = self.now();
+        let last = self.complained_at.load(Ordering::Relaxed);
+        let may = now >= last.saturating_add(1000) || last == 0;
+        if may {
+            self.complained_at.store(now.max(1), Ordering::Relaxed);
+        }
+        may
+    }
+
     fn now(&self) -> u64 {
         u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
+}
+
+/// What has been done for a request already.
+#[derive(Default)]
+struct Tried {
+    another_account: bool,
+    another_connection: bool,
+    /// The account that this request has had taken out of the pool.
+    cooled: Option<Arc<Account>>,
 }
 
 /// What becomes of a request whose account was refused.

@@ -20,7 +20,7 @@ use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use std::convert::Infallible;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -251,6 +251,7 @@ async fn work(
         stream_timeout: config.timeouts.stream,
         cooldown: config.cooldown,
         began: shared.began,
+        complained_at: AtomicU64::new(0),
     });
     let http = http(config.limits.header);
     let graceful = GracefulShutdown::new();
@@ -299,6 +300,10 @@ fn http(max_header: usize) -> auto::Builder<TokioExecutor> {
         .timer(TokioTimer::new())
         .auto_date_header(false)
         .max_concurrent_streams(MAX_STREAMS)
+        // A stream that nobody takes from is not to hold up the others.
+        .initial_stream_window_size(256 << 10)
+        .initial_connection_window_size(4 << 20)
+        .max_send_buf_size(128 << 10)
         // What is between this and the limit gets a full answer.
         .max_header_list_size(u32::try_from(max_header.saturating_mul(2)).unwrap_or(u32::MAX))
         .keep_alive_interval(Duration::from_secs(30));

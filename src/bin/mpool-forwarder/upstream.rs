@@ -193,6 +193,9 @@ impl Upstream {
             .http1_max_headers(256)
             .http1_max_buf_size(limits.header.max(256 << 10))
             .http2_only(protocol == Protocol::Http2)
+            // One client that reads slowly is not to hold up those that share the connection.
+            .http2_initial_stream_window_size(256 << 10)
+            .http2_initial_connection_window_size(64 << 20)
             .http2_keep_alive_interval(Duration::from_secs(20))
             .http2_keep_alive_while_idle(false)
             .build(Bounded {
