@@ -4,10 +4,11 @@
 use crate::accounts::{Account, Accounts};
 use crate::answers::Code;
 use crate::headers::Scheme;
-use crate::link::{Failure, Link};
+use crate::link::{Link, Unreachable};
+use bytes::Bytes;
+use hashbrown::HashMap;
 use hyper::header::HeaderValue;
-use redis::{RedisError, Value};
-use std::collections::HashMap;
+use redis::Value;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -66,11 +67,11 @@ impl State {
 }
 
 /// A lease as it was granted to one request.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Grant {
     pub lease: Arc<Lease>,
     pub state: State,
-    pub previous_account: Option<String>,
+    pub previous_account: Option<Arc<str>>,
 }
 
 /// Why there is no lease.
@@ -93,9 +94,15 @@ impl Denied {
     }
 }
 
+/// The last reply for a key, and what was read from it.
+struct Known {
+    reply: Box<[u8]>,
+    grant: Grant,
+}
+
 /// What all threads know of the leases.
 pub struct Seen {
-    leases: Mutex<HashMap<Box<str>, Arc<Lease>>>,
+    by_key: Mutex<HashMap<Box<str>, Known>>,
     outage: Mutex<Option<Instant>>,
     grace: Duration,
 }
@@ -103,14 +110,14 @@ pub struct Seen {
 impl Seen {
     pub fn new(grace: Duration) -> Self {
         Self {
-            leases: Mutex::new(HashMap::new()),
+            by_key: Mutex::new(HashMap::new()),
             outage: Mutex::new(None),
             grace,
         }
     }
 
-    fn leases(&self) -> MutexGuard<'_, HashMap<Box<str>, Arc<Lease>>> {
-        self.leases.lock().unwrap_or_else(PoisonError::into_inner)
+    fn by_key(&self) -> MutexGuard<'_, HashMap<Box<str>, Known>> {
+        self.by_key.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn outage(&self) -> MutexGuard<'_, Option<Instant>> {
@@ -118,42 +125,55 @@ impl Seen {
     }
 
     /// The lease to go on with while Redis can't be asked.
-    fn in_grace(&self, key: &str, now: i64) -> Option<Arc<Lease>> {
+    fn in_grace(&self, key: &str, now: i64) -> Option<Grant> {
         let since = *self.outage().get_or_insert_with(Instant::now);
         if since.elapsed() >= self.grace {
             return None;
         }
-        let lease = self.leases().get(key).cloned()?;
-        lease
-            .next_rotation
-            .is_none_or(|next| now < next)
-            .then_some(lease)
+        let lease = self
+            .by_key()
+            .get(key)
+            .map(|known| Arc::clone(&known.grant.lease))?;
+        let runs = lease.next_rotation.is_none_or(|next| now < next);
+        runs.then_some(Grant {
+            lease,
+            state: State::Grace,
+            previous_account: None,
+        })
     }
 
-    /// Keeps a lease, or answers the equal one that is kept already.
-    fn keep(&self, key: &str, fresh: Lease, now: i64) -> Arc<Lease> {
-        let mut leases = self.leases();
-        if let Some(kept) = leases.get(key) {
-            let same = kept.account.name == fresh.account.name
-                && kept.next_rotation == fresh.next_rotation
-                && kept.credential == fresh.credential
-                && kept.scheme == fresh.scheme;
-            if same {
-                return Arc::clone(kept);
-            }
-        } else if leases.len() >= SEEN_MAX {
-            leases.retain(|_, lease| lease.next_rotation.is_none_or(|next| now < next));
-            if leases.len() >= SEEN_MAX {
-                return Arc::new(fresh);
+    /// What this very reply meant the last time.
+    fn meaning(&self, key: &str, reply: &[u8]) -> Option<Grant> {
+        let by_key = self.by_key();
+        let known = by_key.get(key)?;
+        (*known.reply == *reply).then(|| known.grant.clone())
+    }
+
+    fn keep(&self, key: &str, reply: &[u8], grant: &Grant, now: i64) {
+        let mut by_key = self.by_key();
+        if by_key.len() >= SEEN_MAX && !by_key.contains_key(key) {
+            by_key.retain(|_, known| {
+                known
+                    .grant
+                    .lease
+                    .next_rotation
+                    .is_none_or(|next| now < next)
+            });
+            if by_key.len() >= SEEN_MAX {
+                return;
             }
         }
-        let fresh = Arc::new(fresh);
-        leases.insert(key.into(), Arc::clone(&fresh));
-        fresh
+        by_key.insert(
+            key.into(),
+            Known {
+                reply: reply.into(),
+                grant: grant.clone(),
+            },
+        );
     }
 
     fn forget(&self, key: &str) {
-        self.leases().remove(key);
+        self.by_key().remove(key);
     }
 }
 
@@ -181,31 +201,23 @@ impl Lender {
     /// asked and no lease may be used without it.
     pub async fn acquire(&self, key: &[u8]) -> Result<Grant, Denied> {
         let key = client_key(key).ok_or(Denied::of(Code::NoKey, "the key can't be one"))?;
-        let mut command = redis::Cmd::with_capacity(4, key.len() + 32);
-        command
-            .arg("MPOOL.ACQUIRE")
-            .arg(key)
-            .arg("*")
-            .arg("WITHTOKEN");
-        let denied = match self.link.ask(command).await {
-            Ok(reply) => {
-                self.heard();
-                return self.granted(key, reply);
-            }
-            Err(Failure::Unreachable(why)) => Denied {
+        let words: [&[u8]; 4] = [b"MPOOL.ACQUIRE", key.as_bytes(), b"*", b"WITHTOKEN"];
+        let denied = match self.link.ask(&words).await {
+            Ok(reply) => match error_in(&reply) {
+                None => {
+                    self.heard();
+                    return self.granted(key, &reply);
+                }
+                Some(error) => refused(error),
+            },
+            Err(Unreachable(why)) => Denied {
                 code: Code::Redis,
                 retry_after: Some(1),
                 why,
             },
-            Err(Failure::Refused(error)) => refused(&error),
         };
         if denied.code == Code::Redis {
-            let lease = self.seen.in_grace(key, clock()).ok_or(denied)?;
-            return Ok(Grant {
-                lease,
-                state: State::Grace,
-                previous_account: None,
-            });
+            return self.seen.in_grace(key, clock()).ok_or(denied);
         }
         self.heard();
         if matches!(denied.code, Code::NoKey | Code::Revoked | Code::Expired) {
@@ -222,7 +234,17 @@ impl Lender {
         }
     }
 
-    fn granted(&self, key: &str, reply: Value) -> Result<Grant, Denied> {
+    fn granted(&self, key: &str, reply: &[u8]) -> Result<Grant, Denied> {
+        // Mostly it is what was said the last time.
+        if let Some(grant) = self.seen.meaning(key, reply) {
+            return Ok(grant);
+        }
+        let grant = self.read(reply)?;
+        self.seen.keep(key, reply, &grant, clock());
+        Ok(grant)
+    }
+
+    fn read(&self, reply: &[u8]) -> Result<Grant, Denied> {
         let unknown = Denied::of(Code::Redis, "the module's answer has an unknown form");
         let fields = Fields::of(reply).ok_or(unknown)?;
         let account = fields.account.ok_or(unknown)?;
@@ -247,34 +269,47 @@ impl Lender {
             next_rotation: fields.next_rotation,
             bound: state == State::Bound,
         };
-        let lease = self.seen.keep(key, lease, clock());
         Ok(Grant {
-            lease,
+            lease: Arc::new(lease),
             state,
-            previous_account: fields.previous_account,
+            previous_account: fields.previous_account.map(Arc::from),
         })
     }
 
     /// Takes an account out of the pool for `ms`; 0 puts it back. Answers
     /// whether Redis did it. Only accounts of the pool (tier medium) are told of.
     pub async fn cooldown(&self, account: &str, ms: u128, reason: &str) -> bool {
-        let mut command = redis::cmd("MPOOL.COOLDOWN");
-        command
-            .arg("medium")
-            .arg(account)
-            .arg("*")
-            .arg(ms.to_string());
-        if ms > 0 {
-            command.arg("REASON").arg(reason);
-        }
-        match self.link.ask(command).await {
-            Ok(_) => true,
-            Err(Failure::Refused(error)) => {
-                let code = error.code().unwrap_or("an error");
-                tracing::warn!(account, code, "MPOOL.COOLDOWN was refused: {code}");
+        let ms = ms.to_string();
+        let words: [&[u8]; 7] = [
+            b"MPOOL.COOLDOWN",
+            b"medium",
+            account.as_bytes(),
+            b"*",
+            ms.as_bytes(),
+            b"REASON",
+            reason.as_bytes(),
+        ];
+        // Putting back needs no reason.
+        let words = if reason.is_empty() {
+            words.get(..5).unwrap_or_default()
+        } else {
+            &words[..]
+        };
+        let Ok(reply) = self.link.ask(words).await else {
+            return false;
+        };
+        match error_in(&reply) {
+            None => true,
+            Some(error) => {
+                let why = refused(error).why;
+                tracing::warn!(
+                    event = "cooldown",
+                    account,
+                    why,
+                    "MPOOL.COOLDOWN was refused: {why}"
+                );
                 false
             }
-            Err(Failure::Unreachable(_)) => false,
         }
     }
 
@@ -283,15 +318,15 @@ impl Lender {
     /// # Errors
     /// What is missing, for an operator.
     pub async fn ready(&self) -> Result<(), String> {
-        let command = redis::cmd("MPOOL.STATUS");
-        match self.link.ask(command).await {
-            Ok(reply) if usable_accounts(&reply) > 0 => Ok(()),
-            Ok(_) => Err("no account can be used now".into()),
-            Err(Failure::Unreachable(why)) => Err(format!("Redis can't be asked: {why}")),
-            Err(Failure::Refused(error)) => Err(format!(
-                "Redis refuses MPOOL.STATUS: {}",
-                refused(&error).why
-            )),
+        let reply = self.link.ask(&[b"MPOOL.STATUS"]).await;
+        let reply = reply.map_err(|Unreachable(why)| format!("Redis can't be asked: {why}"))?;
+        if let Some(error) = error_in(&reply) {
+            return Err(format!("MPOOL.STATUS was refused: {}", refused(error).why));
+        }
+        if usable_accounts(&reply) > 0 {
+            Ok(())
+        } else {
+            Err("no account can be used now".into())
         }
     }
 }
@@ -302,7 +337,7 @@ fn client_key(key: &[u8]) -> Option<&str> {
     fits.then(|| std::str::from_utf8(key).ok()).flatten()
 }
 
-/// The fields of a reply, flat (RESP2) or a map (RESP3).
+/// The fields of an ACQUIRE's reply: names and values in turn.
 #[derive(Default)]
 struct Fields {
     account: Option<String>,
@@ -315,26 +350,20 @@ struct Fields {
 }
 
 impl Fields {
-    fn of(reply: Value) -> Option<Self> {
+    fn of(reply: &[u8]) -> Option<Self> {
+        let Ok(Value::Array(items)) = redis::parse_redis_value(reply) else {
+            return None;
+        };
         let mut fields = Self::default();
-        match reply {
-            Value::Map(pairs) => pairs
-                .into_iter()
-                .for_each(|(name, value)| fields.set(&name, value)),
-            Value::Array(items) => {
-                let mut items = items.into_iter();
-                while let (Some(name), Some(value)) = (items.next(), items.next()) {
-                    fields.set(&name, value);
-                }
-            }
-            _ => return None,
+        let mut items = items.into_iter();
+        while let (Some(name), Some(value)) = (items.next(), items.next()) {
+            fields.set(&name, value);
         }
         Some(fields)
     }
 
     fn set(&mut self, name: &Value, value: Value) {
-        let Some(name) = bytes_of(name) else { return };
-        match (name, value) {
+        match (bytes_of(name).unwrap_or_default(), value) {
             (b"last_rotation", Value::Int(at)) => self.last_rotation = Some(at),
             (b"next_rotation", Value::Int(at)) => self.next_rotation = Some(at),
             (b"account", Value::BulkString(text)) => self.account = String::from_utf8(text).ok(),
@@ -357,10 +386,16 @@ fn bytes_of(value: &Value) -> Option<&[u8]> {
     }
 }
 
+/// The text of an error reply.
+fn error_in(reply: &Bytes) -> Option<&[u8]> {
+    reply.strip_prefix(b"-").map(<[u8]>::trim_ascii_end)
+}
+
 /// An error of Redis or the module as an answer. Its text is never passed on:
 /// Redis repeats arguments in some.
-fn refused(error: &RedisError) -> Denied {
-    let detail = error.detail().unwrap_or_default();
+fn refused(error: &[u8]) -> Denied {
+    let text = String::from_utf8_lossy(error);
+    let (code, detail) = text.split_once(' ').unwrap_or((&text, ""));
     let at = detail
         .rsplit(' ')
         .next()
@@ -371,30 +406,23 @@ fn refused(error: &RedisError) -> Denied {
             .div_ceil(1000)
             .max(1)
     });
+    let later = |code, seconds: u64, why| Denied {
+        code,
+        retry_after: Some(wait.unwrap_or(seconds)),
+        why,
+    };
     let cannot_ask = |why| Denied {
         code: Code::Redis,
         retry_after: Some(1),
         why,
     };
-    match error.code().unwrap_or_default() {
+    match code {
         "NOKEY" => Denied::of(Code::NoKey, "no such key"),
         "REVOKED" => Denied::of(Code::Revoked, "the key is revoked"),
         "EXPIRED" => Denied::of(Code::Expired, "the key has expired"),
-        "POOLFULL" => Denied {
-            code: Code::PoolFull,
-            retry_after: Some(wait.unwrap_or(60)),
-            why: "every slot is in use",
-        },
-        "NOACCOUNT" => Denied {
-            code: Code::NoAccount,
-            retry_after: Some(wait.unwrap_or(30)),
-            why: "no account can be used",
-        },
-        "NOTOKEN" => Denied {
-            code: Code::NoToken,
-            retry_after: Some(30),
-            why: "the account's file is not on this Redis",
-        },
+        "POOLFULL" => later(Code::PoolFull, 60, "every slot is in use"),
+        "NOACCOUNT" => later(Code::NoAccount, 30, "no account can be used"),
+        "NOTOKEN" => later(Code::NoToken, 30, "the account's file is not on this Redis"),
         "LOADING" => cannot_ask("Redis is loading its data"),
         "READONLY" => cannot_ask("this Redis is a replica"),
         "MASTERDOWN" => cannot_ask("this Redis has lost its primary"),
@@ -408,22 +436,21 @@ fn refused(error: &RedisError) -> Denied {
     }
 }
 
-/// Out of MPOOL.STATUS: accounts that are neither invalid, expired nor cooling down.
-fn usable_accounts(reply: &Value) -> i64 {
-    // now and its value, then each tier's name and numbers.
-    let tiers: Vec<&Value> = match reply {
-        Value::Array(items) => items
-            .chunks_exact(2)
-            .filter_map(|pair| pair.get(1))
-            .take(4)
-            .collect(),
-        Value::Map(pairs) => pairs.iter().map(|(_, value)| value).take(4).collect(),
-        _ => return 0,
+/// Out of MPOOL.STATUS: accounts that are neither invalid, expired, missing nor
+/// cooling down.
+fn usable_accounts(reply: &[u8]) -> i64 {
+    let Ok(Value::Array(items)) = redis::parse_redis_value(reply) else {
+        return 0;
     };
+    // now and its value, then each tier's name and numbers.
+    let tiers = items
+        .chunks_exact(2)
+        .skip(1)
+        .take(3)
+        .filter_map(|pair| pair.get(1));
     tiers
-        .into_iter()
         .map(|tier| {
-            let number = |wanted: &[u8]| field(tier, wanted).unwrap_or(0);
+            let number = |wanted| number(tier, wanted).unwrap_or(0);
             let out = number(b"cooling_down")
                 + number(b"invalid")
                 + number(b"expired")
@@ -433,18 +460,58 @@ fn usable_accounts(reply: &Value) -> i64 {
         .sum()
 }
 
-fn field(fields: &Value, wanted: &[u8]) -> Option<i64> {
-    let is = |name: &Value| bytes_of(name) == Some(wanted);
-    let value = match fields {
-        Value::Array(items) => items
-            .chunks_exact(2)
-            .find(|pair| pair.first().is_some_and(is))?
-            .get(1)?,
-        Value::Map(pairs) => &pairs.iter().find(|(name, _)| is(name))?.1,
-        _ => return None,
+fn number(fields: &Value, wanted: &[u8]) -> Option<i64> {
+    let Value::Array(items) = fields else {
+        return None;
     };
-    match value {
-        Value::Int(number) => Some(*number),
+    let pair = items
+        .chunks_exact(2)
+        .find(|pair| pair.first().and_then(bytes_of) == Some(wanted))?;
+    match pair.get(1) {
+        Some(Value::Int(number)) => Some(*number),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_become_answers_and_times_become_waits() {
+        let due = clock() + 90_500;
+        let full = refused(
+            format!("POOLFULL every account is full; the next slot falls due at {due}").as_bytes(),
+        );
+        assert_eq!((full.code, full.code.status()), (Code::PoolFull, 503));
+        assert!(matches!(full.retry_after, Some(90 | 91)), "{full:?}");
+        let past = refused(b"POOLFULL every account is full; the next slot falls due at 5");
+        assert_eq!(past.retry_after, Some(1));
+        for (text, code, wait) in [
+            ("NOKEY this key is not registered", Code::NoKey, None),
+            ("REVOKED x", Code::Revoked, None),
+            ("EXPIRED x", Code::Expired, None),
+            (
+                "NOACCOUNT no account of this tier can be used",
+                Code::NoAccount,
+                Some(30),
+            ),
+            ("NOTOKEN x", Code::NoToken, Some(30)),
+            (
+                "LOADING Redis is loading the dataset in memory",
+                Code::Redis,
+                Some(1),
+            ),
+            (
+                "ERR unknown command 'MPOOL.ACQUIRE', with args beginning with: 'sk-secret'",
+                Code::Redis,
+                Some(1),
+            ),
+            ("", Code::Redis, Some(1)),
+        ] {
+            let denied = refused(text.as_bytes());
+            assert_eq!((denied.code, denied.retry_after), (code, wait), "{text}");
+            assert!(!denied.why.contains("secret"));
+        }
     }
 }

@@ -1,14 +1,19 @@
 //! The connection to Redis: one for each thread, looked after by a task of its
-//! own. What requests ask in the same moment goes out as one pipeline. When the
+//! own. What requests ask in the same moment goes out in one write. When the
 //! connection breaks it is made anew, to whichever server is the primary then;
 //! until then every question is answered at once that Redis can't be asked.
 
-use crate::config::{RedisSettings, RedisTarget};
-use futures_util::StreamExt;
-use futures_util::stream::FuturesUnordered;
-use redis::aio::MultiplexedConnection;
-use redis::{AsyncConnectionConfig, Cmd, Pipeline, RedisError, RedisResult, Value};
+use crate::config::RedisTarget;
+use crate::patience::Patience;
+use crate::resp;
+use bytes::{Buf, Bytes, BytesMut};
+use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
@@ -16,9 +21,8 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 const BLINK: Duration = Duration::from_millis(250);
 /// The pauses between tries to connect, shortest and longest.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(250));
-/// Questions of one pipeline, and pipelines under way.
-const BATCH: usize = 64;
-const UNDER_WAY: usize = 2;
+/// What the connection is called in CLIENT LIST.
+const NAME: &[u8] = b"mpool-forwarder";
 
 /// What becomes of the connection, for those who watch.
 #[derive(Clone, Copy, Debug)]
@@ -30,20 +34,17 @@ pub enum Event {
 }
 
 /// Why there is no answer.
-#[derive(Debug)]
-pub enum Failure {
-    /// Redis can't be reached, or has not answered in time.
-    Unreachable(&'static str),
-    /// Redis answered with an error.
-    Refused(RedisError),
-}
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unreachable(pub &'static str);
 
-type Answer = Result<Value, Failure>;
+/// A reply as it came.
+type Answer = Result<Bytes, Unreachable>;
 
-const NOT_CONNECTED: Failure = Failure::Unreachable("not connected");
+const NOT_CONNECTED: Unreachable = Unreachable("not connected");
+const TOO_LATE: Unreachable = Unreachable("no answer in time");
 
 struct Question {
-    command: Cmd,
+    command: Vec<u8>,
     answer: oneshot::Sender<Answer>,
     /// It went down with a connection once.
     again: bool,
@@ -58,35 +59,32 @@ pub struct Link {
 impl Link {
     /// Connects in the background, for as long as there is a link. `said` is
     /// told what becomes of the connection.
-    ///
-    /// # Errors
-    /// When the settings make no client.
     pub fn start(
-        settings: &RedisSettings,
+        target: RedisTarget,
         patience: Duration,
         said: impl Fn(Event) + Send + Sync + 'static,
-    ) -> Result<Self, String> {
+    ) -> Self {
         let (questions, waiting) = mpsc::unbounded_channel();
-        let target = settings.client()?;
         let keeper = Keeper {
             patience,
             waiting,
-            pending: Vec::new(),
+            pending: VecDeque::new(),
             lost_at: Instant::now(),
             said,
         };
         tokio::spawn(keeper.run(target));
-        Ok(Self { questions })
+        Self { questions }
     }
 
-    /// Asks Redis. A question whose connection breaks is asked once more.
+    /// Asks Redis; the reply may be an error of Redis's. A question whose
+    /// connection breaks is asked once more.
     ///
     /// # Errors
-    /// [`Failure`], promptly.
-    pub async fn ask(&self, command: Cmd) -> Answer {
+    /// [`Unreachable`], promptly.
+    pub async fn ask(&self, words: &[&[u8]]) -> Answer {
         let (answer, answered) = oneshot::channel();
         let question = Question {
-            command,
+            command: resp::command(words),
             answer,
             again: false,
         };
@@ -99,8 +97,8 @@ impl Link {
 struct Keeper<S> {
     patience: Duration,
     waiting: mpsc::UnboundedReceiver<Question>,
-    /// Questions that wait for a connection, or for their turn.
-    pending: Vec<Question>,
+    /// Questions that wait for a connection.
+    pending: VecDeque<Question>,
     lost_at: Instant,
     said: S,
 }
@@ -126,11 +124,11 @@ impl<S: Fn(Event) + Send + Sync + 'static> Keeper<S> {
                     }
                     told = true;
                 }
-                Ok(Ok(connection)) => {
+                Ok(Ok(stream)) => {
                     (self.said)(Event::Up);
                     told = false;
                     let since = Instant::now();
-                    let over = self.converse(connection).await;
+                    let over = self.converse(stream).await;
                     (self.said)(Event::Lost);
                     self.lost_at = Instant::now();
                     if matches!(over, Over::Closed) {
@@ -154,28 +152,14 @@ impl<S: Fn(Event) + Send + Sync + 'static> Keeper<S> {
     async fn connect(
         &mut self,
         target: &mut RedisTarget,
-    ) -> Result<Result<MultiplexedConnection, &'static str>, Over> {
+    ) -> Result<Result<Stream, &'static str>, Over> {
         let patience = self.patience;
-        let config = AsyncConnectionConfig::new()
-            .set_connection_timeout(Some(patience))
-            .set_response_timeout(Some(patience));
-        let connecting = async {
-            match target {
-                RedisTarget::Direct(client) => {
-                    client
-                        .get_multiplexed_async_connection_with_config(&config)
-                        .await
-                }
-                RedisTarget::Sentinel(client) => {
-                    client.get_async_connection_with_config(&config).await
-                }
-            }
-        };
         // Asking Sentinels takes more than one step.
-        let outcome = self.refuse_while(timeout(patience * 3, connecting)).await?;
-        Ok(outcome.map_or(Err("no answer in time"), |connected| {
-            connected.map_err(|error| reason(&error))
-        }))
+        let connecting = timeout(patience * 3, open(target, patience));
+        Ok(self
+            .refuse_while(connecting)
+            .await?
+            .unwrap_or(Err("no answer in time")))
     }
 
     /// Waits for something other than questions, which are kept for a moment
@@ -188,7 +172,7 @@ impl<S: Fn(Event) + Send + Sync + 'static> Keeper<S> {
                 biased;
                 done = &mut work => return Ok(done),
                 question = self.waiting.recv() => {
-                    self.pending.push(question.ok_or(Over::Closed)?);
+                    self.pending.push_back(question.ok_or(Over::Closed)?);
                     if Instant::now() >= hope {
                         self.refuse_all();
                     }
@@ -205,110 +189,211 @@ impl<S: Fn(Event) + Send + Sync + 'static> Keeper<S> {
     }
 
     /// Asks and answers until the connection breaks.
-    async fn converse(&mut self, connection: MultiplexedConnection) -> Over {
-        let mut under_way = FuturesUnordered::new();
-        let mut over = None;
-        loop {
-            if over.is_none() && !self.pending.is_empty() && under_way.len() < UNDER_WAY {
-                let batch = self
-                    .pending
-                    .drain(..self.pending.len().min(BATCH))
-                    .collect();
-                under_way.push(ask_all(connection.clone(), batch));
-                continue;
-            }
-            if under_way.is_empty()
-                && let Some(over) = over
-            {
-                return over;
-            }
-            tokio::select! {
-                biased;
-                Some(outcome) = under_way.next(), if !under_way.is_empty() => {
-                    let (lost, unanswered) = outcome;
-                    self.pending.extend(unanswered);
-                    if lost {
-                        over = Some(Over::Lost);
-                    }
-                }
-                came = self.waiting.recv_many(&mut self.pending, BATCH), if over.is_none() && under_way.len() < UNDER_WAY => {
-                    if came == 0 {
-                        over = Some(Over::Closed);
-                    }
-                }
-            }
+    async fn converse(&mut self, stream: Stream) -> Over {
+        let mut talk = Talk {
+            stream,
+            out: BytesMut::new(),
+            came: BytesMut::with_capacity(16 << 10),
+            asked: VecDeque::new(),
+            patience: Patience::new(),
+        };
+        let asked_before: Vec<Question> = self.pending.drain(..).collect();
+        for question in asked_before {
+            talk.put(question);
         }
-    }
-}
-
-/// Asks a batch in one pipeline and gives the answers. Says whether the
-/// connection is of no use any more, and what is to be asked on the next one.
-async fn ask_all(
-    mut connection: MultiplexedConnection,
-    batch: Vec<Question>,
-) -> (bool, Vec<Question>) {
-    let mut pipeline = Pipeline::with_capacity(batch.len());
-    let mut answers = Vec::with_capacity(batch.len());
-    for question in batch
-        .into_iter()
-        .filter(|question| !question.answer.is_closed())
-    {
-        answers.push((question.answer, question.again));
-        pipeline.add_command(question.command);
-    }
-    if answers.is_empty() {
-        return (false, Vec::new());
-    }
-    let outcome: RedisResult<Vec<Value>> = connection
-        .send_packed_commands(&pipeline, 0, answers.len())
-        .await;
-    match outcome {
-        Ok(values) => {
-            let mut lost = false;
-            for ((answer, _), value) in answers.into_iter().zip(values) {
-                let _ = answer.send(match value {
-                    Value::ServerError(error) => {
-                        // This server is no longer the primary, or not yet.
-                        lost |= matches!(error.code(), "READONLY" | "MASTERDOWN");
-                        Err(Failure::Refused(RedisError::from(error)))
-                    }
-                    value => Ok(value),
-                });
-            }
-            (lost, Vec::new())
-        }
-        Err(error) if error.is_timeout() => {
-            for (answer, _) in answers {
-                let _ = answer.send(Err(Failure::Unreachable("no answer in time")));
-            }
-            (true, Vec::new())
-        }
-        Err(_) => {
-            let mut unanswered = Vec::new();
-            for ((answer, again), command) in answers.into_iter().zip(pipeline.cmd_iter()) {
-                if again {
-                    let _ = answer.send(Err(Failure::Unreachable("the connection broke")));
-                } else {
-                    unanswered.push(Question {
-                        command: command.clone(),
-                        answer,
+        let over = poll_fn(|cx| talk.poll(&mut self.waiting, self.patience, cx)).await;
+        for (question, _) in talk.asked {
+            let failure = match &over {
+                End::TooLate => TOO_LATE,
+                End::Broke if !question.again => {
+                    self.pending.push_back(Question {
                         again: true,
+                        ..question
                     });
+                    continue;
                 }
-            }
-            (true, unanswered)
+                _ => Unreachable("the connection broke"),
+            };
+            let _ = question.answer.send(Err(failure));
+        }
+        match over {
+            End::Closed => Over::Closed,
+            _ => Over::Lost,
         }
     }
 }
 
-/// In words that hold nothing of what was sent.
-fn reason(error: &RedisError) -> &'static str {
-    match error.kind() {
-        redis::ErrorKind::Io if error.is_connection_refusal() => "nothing listens there",
-        redis::ErrorKind::Io => "the connection can't be made",
-        redis::ErrorKind::AuthenticationFailed => "it refuses the login",
-        redis::ErrorKind::MasterNameNotFoundBySentinel => "the Sentinels don't know this name",
-        redis::ErrorKind::InvalidClientConfig => "the settings don't fit it",
-        _ => "it answers, but not as Redis does to a login",
+/// Why a connection is of no use any more.
+enum End {
+    Broke,
+    TooLate,
+    /// This server is no longer the primary, or not yet.
+    NotPrimary,
+    Closed,
+}
+
+impl From<io::Error> for End {
+    fn from(_: io::Error) -> Self {
+        Self::Broke
     }
+}
+
+/// One connection and the questions that are out on it.
+struct Talk {
+    stream: Stream,
+    out: BytesMut,
+    came: BytesMut,
+    asked: VecDeque<(Question, Instant)>,
+    patience: Patience,
+}
+
+impl Talk {
+    fn put(&mut self, question: Question) {
+        if !question.answer.is_closed() {
+            self.out.extend_from_slice(&question.command);
+            self.asked.push_back((question, Instant::now()));
+        }
+    }
+
+    fn poll(
+        &mut self,
+        waiting: &mut mpsc::UnboundedReceiver<Question>,
+        patience: Duration,
+        cx: &mut Context<'_>,
+    ) -> Poll<End> {
+        while let Poll::Ready(question) = waiting.poll_recv(cx) {
+            match question {
+                Some(question) => self.put(question),
+                None => return Poll::Ready(End::Closed),
+            }
+        }
+        if let Err(end) = self.write(cx) {
+            return Poll::Ready(end);
+        }
+        if let Err(end) = self.read(cx) {
+            return Poll::Ready(end);
+        }
+        if let Some((_, since)) = self.asked.front()
+            && self.patience.poll(*since + patience, cx).is_ready()
+        {
+            return Poll::Ready(End::TooLate);
+        }
+        Poll::Pending
+    }
+
+    fn write(&mut self, cx: &mut Context<'_>) -> Result<(), End> {
+        while !self.out.is_empty() {
+            match Pin::new(&mut self.stream).poll_write(cx, &self.out) {
+                Poll::Ready(Ok(0)) => return Err(End::Broke),
+                Poll::Ready(written) => self.out.advance(written?),
+                Poll::Pending => return Ok(()),
+            }
+        }
+        // TLS keeps what it has not been told to send.
+        match Pin::new(&mut self.stream).poll_flush(cx) {
+            Poll::Ready(flushed) => Ok(flushed?),
+            Poll::Pending => Ok(()),
+        }
+    }
+
+    fn read(&mut self, cx: &mut Context<'_>) -> Result<(), End> {
+        let mut piece = [0; 16 << 10];
+        loop {
+            let mut buffer = ReadBuf::new(&mut piece);
+            match Pin::new(&mut self.stream).poll_read(cx, &mut buffer) {
+                Poll::Ready(Ok(())) if buffer.filled().is_empty() => return Err(End::Broke),
+                Poll::Ready(read) => read?,
+                Poll::Pending => return Ok(()),
+            }
+            self.came.extend_from_slice(buffer.filled());
+            while let Some(length) = resp::reply_length(&self.came).map_err(|_| End::Broke)? {
+                let reply = self.came.split_to(length).freeze();
+                let demoted = reply.starts_with(b"-READONLY") || reply.starts_with(b"-MASTERDOWN");
+                // What nobody asked for can't be matched with a question.
+                let (question, _) = self.asked.pop_front().ok_or(End::Broke)?;
+                let _ = question.answer.send(Ok(reply));
+                if demoted {
+                    return Err(End::NotPrimary);
+                }
+            }
+        }
+    }
+}
+
+/// A connection to Redis.
+pub type Stream = Box<dyn Transport>;
+
+pub trait Transport: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Transport for T {}
+
+/// Connects and logs in. Answers why it can't, in words that hold nothing of
+/// what was sent.
+async fn open(target: &mut RedisTarget, patience: Duration) -> Result<Stream, &'static str> {
+    let (host, port) = target.address().await?;
+    let connecting = tokio::net::TcpStream::connect((host.as_str(), port));
+    let stream = timeout(patience, connecting)
+        .await
+        .map_err(|_| "no answer in time")?;
+    let stream = stream.map_err(|error| match error.kind() {
+        io::ErrorKind::ConnectionRefused => "nothing listens there",
+        _ => "the connection can't be made",
+    })?;
+    let _ = stream.set_nodelay(true);
+    let mut stream: Stream = match &target.tls {
+        None => Box::new(stream),
+        Some(connector) => {
+            let name = rustls::pki_types::ServerName::try_from(host)
+                .map_err(|_| "its name can't be checked by TLS")?;
+            let secured = timeout(patience, connector.connect(name, stream))
+                .await
+                .map_err(|_| "no answer in time")?;
+            Box::new(secured.map_err(
+                |_| "TLS with it fails: a certificate is not accepted, or it speaks no TLS",
+            )?)
+        }
+    };
+    if let Some(login) = &target.login {
+        let words: Vec<&[u8]> = login.iter().map(|word| word.as_bytes()).collect();
+        let reply = ask_alone(&mut stream, patience, &words).await?;
+        if reply.starts_with(b"-") {
+            return Err("it refuses the login");
+        }
+    }
+    // A user may lack the right to this; it is for those who look at CLIENT LIST.
+    ask_alone(&mut stream, patience, &[b"CLIENT", b"SETNAME", NAME]).await?;
+    Ok(stream)
+}
+
+/// One question on a connection that nobody else has yet.
+async fn ask_alone(
+    stream: &mut Stream,
+    patience: Duration,
+    words: &[&[u8]],
+) -> Result<BytesMut, &'static str> {
+    let asking = async {
+        stream
+            .write_all(&resp::command(words))
+            .await
+            .map_err(|_| "the connection broke")?;
+        stream.flush().await.map_err(|_| "the connection broke")?;
+        let mut came = BytesMut::new();
+        loop {
+            match resp::reply_length(&came) {
+                Ok(Some(_)) => return Ok(came),
+                Ok(None) => {}
+                Err(resp::Malformed) => return Err("it answers, but not as Redis does"),
+            }
+            if stream
+                .read_buf(&mut came)
+                .await
+                .map_err(|_| "the connection broke")?
+                == 0
+            {
+                return Err("it closes the connection");
+            }
+        }
+    };
+    timeout(patience, asking)
+        .await
+        .map_err(|_| "no answer in time")?
 }

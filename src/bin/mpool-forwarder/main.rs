@@ -4,7 +4,7 @@
 //! - [`config`]: flags and environment, checked before anything is bound
 //! - [`server`]: connections and threads; [`client_io`], [`patience`]: bounds on them
 //! - [`proxy`]: the way of a request; [`headers`], [`upload`], [`relay`]: its parts
-//! - [`lender`]: what the pool says; [`link`]: the connection to Redis
+//! - [`lender`]: what the pool says; [`link`], [`resp`]: the connection to Redis
 //! - [`accounts`]: rules for accounts in trouble
 //! - [`upstream`]: connections and timeouts towards the API
 //! - [`answers`]: every answer of its own
@@ -44,6 +44,7 @@ mod patience;
 mod proxy;
 mod relay;
 mod report;
+mod resp;
 mod server;
 mod upload;
 mod upstream;

@@ -51,7 +51,7 @@ impl Shared {
         let told = Arc::clone(&self.outage_told);
         let shown = self.config.redis.shown();
         let link = Link::start(
-            &self.config.redis,
+            self.config.redis.target()?,
             self.config.timeouts.redis,
             move |event| match event {
                 // Every thread has a connection; the first one speaks for all.
@@ -75,7 +75,7 @@ impl Shared {
                     }
                 }
             },
-        )?;
+        );
         Ok(Lender {
             link,
             seen: Arc::clone(&self.seen),

@@ -1,14 +1,16 @@
 //! What the operator sets: flags, their environment variables, and what they
 //! must be. All of it is checked before anything is bound or connected.
 
+mod redis;
+mod tls;
+
+pub use redis::{RedisSettings, RedisTarget};
+
 use crate::upstream::{Base, Protocol};
 use bytesize::ByteSize;
 use clap::{Parser, ValueEnum};
 use jiff::SignedDuration;
-use redis::sentinel::{SentinelClientBuilder, SentinelServerType};
-use redis::{
-    ClientTlsConfig, ConnectionAddr, ConnectionInfo, IntoConnectionInfo, TlsCertificates, TlsMode,
-};
+use redis::Beside;
 use std::ffi::OsString;
 use std::fs;
 use std::net::SocketAddr;
@@ -233,12 +235,6 @@ pub struct Limits {
     pub replay_memory: usize,
 }
 
-/// How to reach the Redis that has the pool.
-pub enum RedisTarget {
-    Direct(Box<redis::Client>),
-    Sentinel(Box<redis::sentinel::SentinelClient>),
-}
-
 /// A configuration that holds together.
 pub struct Config {
     pub listen: SocketAddr,
@@ -256,24 +252,6 @@ pub struct Config {
     pub cooldown: Duration,
     pub log: LogFormat,
     pub log_level: LogLevel,
-}
-
-/// Where Redis is, ready to make a client from.
-#[derive(Clone)]
-pub struct RedisSettings {
-    infos: Vec<ConnectionInfo>,
-    sentinel: Option<SentinelSettings>,
-    certificates: Option<TlsCertificates>,
-    user: Option<String>,
-    password: Option<String>,
-}
-
-#[derive(Clone)]
-struct SentinelSettings {
-    master: String,
-    tls: bool,
-    user: Option<String>,
-    password: Option<String>,
 }
 
 /// What ends the program before it has begun: help and version included.
@@ -314,30 +292,26 @@ fn check(flags: Flags) -> Result<Config, String> {
     }
     let upstream_tls = upstream
         .is_tls()
-        .then(|| trust(flags.upstream_cacert.as_deref()))
+        .then(|| tls::trust("--upstream-cacert", flags.upstream_cacert.as_deref()))
         .transpose()?;
     if !upstream.is_tls() && flags.upstream_cacert.is_some() {
         return Err("--upstream-cacert needs an --upstream with https://".into());
     }
     let tls = match (&flags.tls_cert, &flags.tls_key) {
-        (Some(cert), Some(key)) => Some(identity(cert, key)?),
+        (Some(cert), Some(key)) => Some(tls::identity(cert, key)?),
         _ => None,
     };
-    let redis = redis_settings(
+    let redis = RedisSettings::read(
         &flags.redis,
-        Credentials {
+        Beside {
             user: flags.redis_user,
             password: secret("MPOOL_REDIS_PASSWORD")?,
             sentinel_user: flags.sentinel_user,
             sentinel_password: secret("MPOOL_SENTINEL_PASSWORD")?,
+            cacert: flags.redis_cacert.as_deref(),
+            identity: flags.redis_cert.as_deref().zip(flags.redis_key.as_deref()),
         },
-        certificates(
-            flags.redis_cacert.as_deref(),
-            flags.redis_cert.as_deref(),
-            flags.redis_key.as_deref(),
-        )?,
     )?;
-    redis.client()?;
 
     let threads = match flags.threads {
         None => std::thread::available_parallelism().map_or(1, usize::from),
@@ -434,250 +408,4 @@ fn secret(name: &str) -> Result<Option<String>, String> {
 
 fn read(flag: &str, path: &Path) -> Result<Vec<u8>, String> {
     fs::read(path).map_err(|error| format!("{flag} {}: {error}", path.display()))
-}
-
-// --- TLS --------------------------------------------------------------------
-
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-
-fn certificate_list(flag: &str, path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
-    let pem = read(flag, path)?;
-    let list: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
-    let list = list.unwrap_or_default();
-    if list.is_empty() {
-        return Err(format!(
-            "{flag} {} holds no PEM certificate",
-            path.display()
-        ));
-    }
-    Ok(list)
-}
-
-/// What the upstream is checked against: the given CA, or the system's.
-fn trust(cacert: Option<&Path>) -> Result<rustls::ClientConfig, String> {
-    let mut roots = rustls::RootCertStore::empty();
-    if let Some(path) = cacert {
-        for certificate in certificate_list("--upstream-cacert", path)? {
-            roots
-                .add(certificate)
-                .map_err(|error| format!("--upstream-cacert {}: {error}", path.display()))?;
-        }
-    } else {
-        let found = rustls_native_certs::load_native_certs();
-        roots.add_parsable_certificates(found.certs);
-        if roots.is_empty() {
-            return Err("this system has no CA certificates (Debian: ca-certificates); or give --upstream-cacert".into());
-        }
-    }
-    Ok(rustls::ClientConfig::builder()
-        .with_root_certificates(roots)
-        .with_no_client_auth())
-}
-
-fn identity(cert: &Path, key: &Path) -> Result<rustls::ServerConfig, String> {
-    let chain = certificate_list("--tls-cert", cert)?;
-    let pem = read("--tls-key", key)?;
-    let private = PrivateKeyDer::from_pem_slice(&pem)
-        .map_err(|_| format!("--tls-key {} holds no PEM private key", key.display()))?;
-    let mut config = rustls::ServerConfig::builder()
-        .with_no_client_auth()
-        .with_single_cert(chain, private)
-        .map_err(|error| format!("--tls-cert and --tls-key don't go together: {error}"))?;
-    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-    Ok(config)
-}
-
-fn certificates(
-    ca: Option<&Path>,
-    cert: Option<&Path>,
-    key: Option<&Path>,
-) -> Result<Option<TlsCertificates>, String> {
-    let client_tls = match (cert, key) {
-        (Some(cert), Some(key)) => Some(ClientTlsConfig {
-            client_cert: read("--redis-cert", cert)?,
-            client_key: read("--redis-key", key)?,
-        }),
-        _ => None,
-    };
-    let root_cert = ca.map(|path| read("--redis-cacert", path)).transpose()?;
-    let any = client_tls.is_some() || root_cert.is_some();
-    Ok(any.then_some(TlsCertificates {
-        client_tls,
-        root_cert,
-    }))
-}
-
-// --- Redis ------------------------------------------------------------------
-
-struct Credentials {
-    user: Option<String>,
-    password: Option<String>,
-    sentinel_user: Option<String>,
-    sentinel_password: Option<String>,
-}
-
-const REDIS_FORMS: &str = "--redis must be redis://[user:password@]host:port, rediss:// for TLS, \
-                           or redis+sentinel://host:26379,host:26379/master-name";
-
-fn redis_settings(
-    url: &str,
-    credentials: Credentials,
-    certificates: Option<TlsCertificates>,
-) -> Result<RedisSettings, String> {
-    // A URL may hold a password, so no error repeats any of it.
-    let (scheme, rest) = url.split_once("://").ok_or(REDIS_FORMS)?;
-    let (tls, through_sentinel) = match scheme {
-        "redis" => (false, false),
-        "rediss" => (true, false),
-        "redis+sentinel" => (false, true),
-        "rediss+sentinel" => (true, true),
-        _ => return Err(REDIS_FORMS.into()),
-    };
-    if certificates.is_some() && !tls {
-        return Err(
-            "--redis-cacert, --redis-cert and --redis-key need a --redis with rediss://".into(),
-        );
-    }
-    let parse = |url: &str| {
-        url.into_connection_info()
-            .map_err(|_| REDIS_FORMS.to_owned())
-    };
-    let scheme = if tls { "rediss" } else { "redis" };
-    let (infos, sentinel) = if through_sentinel {
-        let (user_part, rest) = rest
-            .rsplit_once('@')
-            .map_or(("", rest), |(user, rest)| (user, rest));
-        let (hosts, master) = rest.split_once('/').ok_or(REDIS_FORMS)?;
-        if master.is_empty() || master.contains('/') {
-            return Err(REDIS_FORMS.into());
-        }
-        let at = if user_part.is_empty() { "" } else { "@" };
-        let infos: Result<Vec<_>, _> = hosts
-            .split(',')
-            .map(|host| {
-                if host.contains(':') {
-                    host.to_owned()
-                } else {
-                    format!("{host}:26379")
-                }
-            })
-            .map(|host| parse(&format!("{scheme}://{user_part}{at}{host}")))
-            .collect();
-        let sentinel = SentinelSettings {
-            master: master.to_owned(),
-            tls,
-            user: credentials.sentinel_user,
-            password: credentials.sentinel_password,
-        };
-        (infos?, Some(sentinel))
-    } else {
-        (vec![parse(url)?], None)
-    };
-    let first = infos.first().ok_or(REDIS_FORMS)?;
-    if first.redis_settings().db() != 0 {
-        return Err("--redis must not name a database: the pool is in database 0".into());
-    }
-    let own = |text: &str| Some(text.to_owned());
-    let user = first
-        .redis_settings()
-        .username()
-        .and_then(own)
-        .or(credentials.user);
-    let password = first
-        .redis_settings()
-        .password()
-        .and_then(own)
-        .or(credentials.password);
-    if user.is_some() && password.is_none() {
-        return Err("a user of Redis needs a password: set MPOOL_REDIS_PASSWORD".into());
-    }
-    Ok(RedisSettings {
-        infos,
-        sentinel,
-        certificates,
-        user,
-        password,
-    })
-}
-
-impl RedisSettings {
-    /// A client; it connects to nothing yet.
-    ///
-    /// # Errors
-    /// When certificates can't be used.
-    pub fn client(&self) -> Result<RedisTarget, String> {
-        match &self.sentinel {
-            None => self
-                .direct()
-                .map(|client| RedisTarget::Direct(Box::new(client))),
-            Some(sentinel) => self
-                .through(sentinel)
-                .map(|client| RedisTarget::Sentinel(Box::new(client))),
-        }
-    }
-
-    fn direct(&self) -> Result<redis::Client, String> {
-        let info = self.infos.first().cloned().ok_or(REDIS_FORMS)?;
-        let mut settings = info.redis_settings().clone();
-        if let Some(user) = &self.user {
-            settings = settings.set_username(user);
-        }
-        if let Some(password) = &self.password {
-            settings = settings.set_password(password);
-        }
-        let info = info.set_redis_settings(settings);
-        match self.certificates.clone() {
-            None => redis::Client::open(info),
-            Some(certificates) => redis::Client::build_with_tls(info, certificates),
-        }
-        .map_err(|error| format!("--redis: {error}"))
-    }
-
-    fn through(
-        &self,
-        sentinel: &SentinelSettings,
-    ) -> Result<redis::sentinel::SentinelClient, String> {
-        let addresses: Vec<ConnectionAddr> =
-            self.infos.iter().map(|info| info.addr().clone()).collect();
-        let mut builder =
-            SentinelClientBuilder::new(addresses, &sentinel.master, SentinelServerType::Master)
-                .map_err(|error| format!("--redis: {error}"))?;
-        if sentinel.tls {
-            builder = builder
-                .set_client_to_redis_tls_mode(TlsMode::Secure)
-                .set_client_to_sentinel_tls_mode(TlsMode::Secure);
-        }
-        if let Some(certificates) = &self.certificates {
-            builder = builder
-                .set_client_to_redis_certificates(certificates.clone())
-                .set_client_to_sentinel_certificates(certificates.clone());
-        }
-        if let Some(user) = &self.user {
-            builder = builder.set_client_to_redis_username(user);
-        }
-        if let Some(password) = &self.password {
-            builder = builder.set_client_to_redis_password(password);
-        }
-        if let Some(user) = &sentinel.user {
-            builder = builder.set_client_to_sentinel_username(user);
-        }
-        if let Some(password) = &sentinel.password {
-            builder = builder.set_client_to_sentinel_password(password);
-        }
-        builder.build().map_err(|error| format!("--redis: {error}"))
-    }
-
-    /// Where it is, for a person, without user or password.
-    pub fn shown(&self) -> String {
-        let hosts: Vec<String> = self
-            .infos
-            .iter()
-            .map(|info| info.addr().to_string())
-            .collect();
-        match &self.sentinel {
-            None => hosts.join(","),
-            Some(sentinel) => format!("{} (Sentinels of {})", hosts.join(","), sentinel.master),
-        }
-    }
 }

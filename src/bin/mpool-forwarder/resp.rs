@@ -1,0 +1,169 @@
+//! As much of Redis's protocol (RESP2) as it takes to keep questions and answers
+//! apart on one connection: packing a command, and finding where a reply ends.
+//! What is in a reply is read elsewhere. Pure.
+//!
+//! The `redis` crate's own connection reads every reply into values before
+//! anyone looks at it, which costs more than the rest of a look-up together.
+
+/// The longest reply that is waited for, in bytes.
+const LONGEST: usize = 64 << 20;
+
+/// What came is not RESP2, or too long.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Malformed;
+
+/// A command as it goes over the wire.
+pub fn command(words: &[&[u8]]) -> Vec<u8> {
+    let length: usize = words.iter().map(|word| word.len() + 16).sum();
+    let mut packed = Vec::with_capacity(length + 16);
+    head(&mut packed, b'*', words.len());
+    for word in words {
+        head(&mut packed, b'$', word.len());
+        packed.extend_from_slice(word);
+        packed.extend_from_slice(b"\r\n");
+    }
+    packed
+}
+
+fn head(packed: &mut Vec<u8>, kind: u8, number: usize) {
+    packed.push(kind);
+    packed.extend_from_slice(number.to_string().as_bytes());
+    packed.extend_from_slice(b"\r\n");
+}
+
+/// The length of the reply that `bytes` begin with; nothing while it is not
+/// all there.
+///
+/// # Errors
+/// [`Malformed`].
+pub fn reply_length(bytes: &[u8]) -> Result<Option<usize>, Malformed> {
+    let mut at = 0;
+    // Values that are still to come, those within arrays included.
+    let mut left = 1_usize;
+    while left > 0 {
+        if at > LONGEST || left > LONGEST {
+            return Err(Malformed);
+        }
+        let rest = bytes.get(at..).unwrap_or_default();
+        let Some(end) = memchr::memchr(b'\n', rest) else {
+            // No line of the protocol's own is longer than an error's text.
+            return if rest.len() > 64 << 10 {
+                Err(Malformed)
+            } else {
+                Ok(None)
+            };
+        };
+        let line = rest.get(..end).and_then(|line| line.strip_suffix(b"\r"));
+        let (kind, text) = line.and_then(<[u8]>::split_first).ok_or(Malformed)?;
+        at += end + 1;
+        left -= 1;
+        match kind {
+            b'+' | b'-' | b':' => {}
+            b'$' => {
+                if let Some(length) = count(text)? {
+                    at += length + 2;
+                }
+            }
+            b'*' => left += count(text)?.unwrap_or(0),
+            _ => return Err(Malformed),
+        }
+        if at > bytes.len() {
+            return if at > LONGEST {
+                Err(Malformed)
+            } else {
+                Ok(None)
+            };
+        }
+    }
+    Ok(Some(at))
+}
+
+/// A length; nothing for -1, which stands for null.
+fn count(text: &[u8]) -> Result<Option<usize>, Malformed> {
+    if text == b"-1" {
+        return Ok(None);
+    }
+    let digits = !text.is_empty() && text.iter().all(u8::is_ascii_digit);
+    let number = std::str::from_utf8(text)
+        .ok()
+        .filter(|_| digits)
+        .and_then(|text| text.parse().ok());
+    number
+        .filter(|number| *number <= LONGEST)
+        .map(Some)
+        .ok_or(Malformed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_command_is_packed() {
+        assert_eq!(
+            command(&[b"GET", b"", b"a\r\nb"]),
+            b"*3\r\n$3\r\nGET\r\n$0\r\n\r\n$4\r\na\r\nb\r\n"
+        );
+    }
+
+    #[test]
+    fn a_reply_ends_where_it_ends_and_not_before() {
+        let replies: [&[u8]; 9] = [
+            b"+OK\r\n",
+            b"-ERR no\r\n",
+            b":-5\r\n",
+            b"$-1\r\n",
+            b"$0\r\n\r\n",
+            b"$5\r\na\r\nbc\r\n",
+            b"*-1\r\n",
+            b"*0\r\n",
+            b"*3\r\n$1\r\na\r\n*2\r\n:1\r\n$-1\r\n+x\r\n",
+        ];
+        for reply in replies {
+            assert_eq!(reply_length(reply), Ok(Some(reply.len())));
+            assert_eq!(
+                reply_length(&[reply, b"+more"].concat()),
+                Ok(Some(reply.len()))
+            );
+            for cut in 0..reply.len() {
+                assert_eq!(reply_length(&reply[..cut]), Ok(None), "{cut} of {reply:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_reply_is_told() {
+        for bytes in [
+            &b"HTTP/1.1 200 OK\r\n"[..],
+            b"\r\n",
+            b"$x\r\n",
+            b"$-2\r\n",
+            b"*99999999999999999999\r\n",
+            b"+a\n",
+            b"$99999999999\r\n",
+        ] {
+            assert_eq!(reply_length(bytes), Err(Malformed), "{bytes:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_borne(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            if let Ok(Some(length)) = reply_length(&bytes) {
+                prop_assert!(length <= bytes.len());
+            }
+        }
+
+        #[test]
+        fn it_agrees_with_the_redis_crate(words in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..40), 0..20)) {
+            let words: Vec<&[u8]> = words.iter().map(Vec::as_slice).collect();
+            // A command is an array of bulk strings, as a reply can be.
+            let packed = command(&words);
+            prop_assert_eq!(reply_length(&packed), Ok(Some(packed.len())));
+            let parsed = redis::parse_redis_value(&packed).unwrap();
+            let expected = words.iter().map(|word| redis::Value::BulkString(word.to_vec())).collect();
+            prop_assert_eq!(parsed, redis::Value::Array(expected));
+        }
+    }
+}
