@@ -1,8 +1,10 @@
 //! What this process has learned of each account from the upstream, and the
-//! rules by which an account in trouble is taken out of the pool. Time comes in
-//! as ms since some beginning; nothing here asks a clock or does anything.
+//! rules by which an account in trouble is taken out of the pool, while neither
+//! one client's bad requests nor trouble of the upstream as a whole empty it.
+//! Time comes in as ms since some beginning; nothing here asks a clock.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -14,33 +16,46 @@ const WELL_FOR: u64 = 10 * 60 * 1000;
 const REFUSALS: u32 = 3;
 /// How often the cooldown doubles, and the most it grows to, in first cooldowns.
 const LONGEST: u32 = 10;
+/// For how long a key whose request two accounts refused is not believed, in ms:
+/// long enough that it can do no harm, short enough for one that met two dead accounts.
+pub const DOUBT: u64 = 5000;
+/// Keys that are kept in mind at once.
+const MOST_SUSPECTS: usize = 10_000;
 
-/// One account, as far as requests have told.
+/// One account of the pool, as far as requests have told.
 #[derive(Debug)]
 pub struct Account {
     pub name: Box<str>,
     /// When the upstream last answered with anything but a refusal; 0: never.
     well_at: AtomicU64,
     trouble: Mutex<Trouble>,
+    /// Held by the request that looks for another account, so that the others
+    /// that were refused with it follow instead of doing the same again.
+    pub turn: tokio::sync::Mutex<()>,
 }
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 struct Trouble {
-    /// Refusals in a row.
+    /// Refusals in a row, whose request the first was, and whether others had the same.
     refused: u32,
+    first: u64,
+    by_several: bool,
     /// Broken connections in a row, and when the first was.
     failed: u32,
     failing_since: u64,
     /// Cooldowns without a good answer since.
     cooldowns: u32,
+    /// When the last one began.
+    cooled_at: u64,
 }
 
 impl Account {
-    fn new(name: &str) -> Self {
+    pub fn new(name: &str) -> Self {
         Self {
             name: name.into(),
             well_at: AtomicU64::new(0),
             trouble: Mutex::default(),
+            turn: tokio::sync::Mutex::new(()),
         }
     }
 
@@ -52,8 +67,11 @@ impl Account {
     pub fn well(&self, now: u64) {
         self.well_at.store(now.max(1), Ordering::Relaxed);
         let mut trouble = self.trouble();
-        if *trouble != Trouble::default() {
-            *trouble = Trouble::default();
+        if trouble.refused + trouble.failed + trouble.cooldowns > 0 {
+            *trouble = Trouble {
+                cooled_at: trouble.cooled_at,
+                ..Trouble::default()
+            };
         }
     }
 
@@ -62,20 +80,36 @@ impl Account {
         at != 0 && at >= then
     }
 
-    /// The upstream has refused the account: for how long to cool it down, in
-    /// units of the first cooldown.
-    pub fn refused(&self) -> u32 {
+    /// The upstream has refused the account for a request of this key: for how
+    /// long to cool it down, in units of the first cooldown.
+    pub fn refused(&self, key: u64, now: u64) -> u32 {
         let mut trouble = self.trouble();
-        trouble.refused += 1;
-        trouble.cool()
+        trouble.blame(key);
+        trouble.cool(now)
+    }
+
+    /// It has, but another account did so too: only noted.
+    pub fn refused_too(&self, key: u64) {
+        self.trouble().blame(key);
+    }
+
+    /// Whether the account has been cooled down at or after `then`.
+    pub fn cooled_since(&self, then: u64) -> bool {
+        let trouble = self.trouble();
+        trouble.cooled_at != 0 && trouble.cooled_at >= then
     }
 
     /// Whether the request rather than the account may be at fault, when no
-    /// other account could take the request or the next one refused it too: the
-    /// account was well a moment ago. So one client's bad requests can't empty
-    /// the pool.
+    /// other account could take it: the account was well a moment ago.
     pub fn may_be_innocent(&self, now: u64) -> bool {
         self.well_since(now.saturating_sub(WELL_FOR)) && self.trouble().refused < REFUSALS
+    }
+
+    /// Whether the request rather than the account is at fault, when another
+    /// account refused it too: unless several keys met refusals and none a good
+    /// answer.
+    pub fn is_innocent_beside_another(&self) -> bool {
+        !self.trouble().by_several
     }
 
     /// The account was put back.
@@ -86,25 +120,41 @@ impl Account {
 }
 
 impl Trouble {
-    fn cool(&mut self) -> u32 {
+    fn blame(&mut self, key: u64) {
+        if self.refused == 0 {
+            self.first = key;
+        }
+        self.by_several |= self.first != key;
+        self.refused = self.refused.saturating_add(1);
+    }
+
+    fn cool(&mut self, now: u64) -> u32 {
         let units = 1_u32
             .checked_shl(self.cooldowns)
             .unwrap_or(LONGEST)
             .min(LONGEST);
         self.cooldowns = self.cooldowns.saturating_add(1).min(31);
+        self.cooled_at = now.max(1);
         units
     }
 }
 
-/// All accounts that requests have met.
+/// All accounts that requests have met, and keys that are not believed.
 #[derive(Debug, Default)]
 pub struct Accounts {
     by_name: Mutex<HashMap<Box<str>, Arc<Account>>>,
+    /// Until when, by the keys' hashes.
+    suspects: Mutex<HashMap<u64, u64>>,
+    hasher: RandomState,
 }
 
 impl Accounts {
     fn all(&self) -> MutexGuard<'_, HashMap<Box<str>, Arc<Account>>> {
         self.by_name.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn suspects(&self) -> MutexGuard<'_, HashMap<u64, u64>> {
+        self.suspects.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn named(&self, name: &str) -> Arc<Account> {
@@ -115,6 +165,34 @@ impl Accounts {
         let account = Arc::new(Account::new(name));
         all.insert(name.into(), Arc::clone(&account));
         account
+    }
+
+    /// A key, as the rules tell keys apart.
+    pub fn key(&self, key: &[u8]) -> u64 {
+        self.hasher.hash_one(key)
+    }
+
+    /// What speaks against accounts is not believed of this key until `until`.
+    pub fn suspect(&self, key: u64, until: u64, now: u64) {
+        let mut suspects = self.suspects();
+        if suspects.len() >= MOST_SUSPECTS {
+            suspects.retain(|_, until| *until > now);
+        }
+        if suspects.len() < MOST_SUSPECTS {
+            suspects.insert(key, until);
+        }
+    }
+
+    pub fn is_suspect(&self, key: u64, now: u64) -> bool {
+        self.suspects().get(&key).is_some_and(|until| *until > now)
+    }
+
+    /// The key has got a good answer.
+    pub fn believe(&self, key: u64) {
+        let mut suspects = self.suspects();
+        if !suspects.is_empty() {
+            suspects.remove(&key);
+        }
     }
 
     /// A connection to the upstream broke, or could not be made, for a request
@@ -143,7 +221,7 @@ impl Accounts {
         }
         let mut trouble = account.trouble();
         trouble.failed = 0;
-        Some(trouble.cool())
+        Some(trouble.cool(now))
     }
 }
 
@@ -155,10 +233,10 @@ mod tests {
     fn refusals_in_a_row_cool_longer_and_a_good_answer_forgives() {
         let accounts = Accounts::default();
         let account = accounts.named("a");
-        let units: Vec<u32> = (0..6).map(|_| account.refused()).collect();
+        let units: Vec<u32> = (0..6).map(|_| account.refused(1, 9)).collect();
         assert_eq!(units, [1, 2, 4, 8, 10, 10]);
         account.well(5);
-        assert_eq!(account.refused(), 1);
+        assert_eq!(account.refused(1, 9), 1);
     }
 
     #[test]
@@ -166,18 +244,53 @@ mod tests {
         let account = Account::new("a");
         assert!(!account.may_be_innocent(WELL_FOR), "it has never been well");
         account.well(1000);
-        account.refused();
+        account.refused(1, 9);
         assert!(account.may_be_innocent(2000));
-        account.refused();
+        account.refused(1, 9);
         assert!(account.may_be_innocent(2000));
-        account.refused();
+        account.refused(1, 9);
         assert!(!account.may_be_innocent(2000), "three in a row");
         account.well(3000);
-        account.refused();
+        account.refused(1, 9);
         assert!(
             !account.may_be_innocent(3001 + WELL_FOR),
             "that was long ago"
         );
+    }
+
+    #[test]
+    fn what_two_accounts_refuse_is_the_requests_fault_unless_several_keys_say_so() {
+        let account = Account::new("a");
+        for _ in 0..10 {
+            account.refused(1, 9);
+            assert!(account.is_innocent_beside_another());
+        }
+        account.refused_too(2);
+        assert!(!account.is_innocent_beside_another());
+        account.well(10);
+        account.refused(2, 11);
+        assert!(account.is_innocent_beside_another());
+        assert!(account.cooled_since(11) && !account.cooled_since(12));
+    }
+
+    #[test]
+    fn a_suspect_is_believed_again_after_a_while_or_a_good_answer() {
+        let accounts = Accounts::default();
+        let (one, two) = (accounts.key(b"one"), accounts.key(b"two"));
+        accounts.suspect(one, 10, 5);
+        assert!(
+            accounts.is_suspect(one, 9)
+                && !accounts.is_suspect(one, 10)
+                && !accounts.is_suspect(two, 9)
+        );
+        accounts.believe(one);
+        assert!(!accounts.is_suspect(one, 9));
+        for key in 0..MOST_SUSPECTS as u64 + 5 {
+            accounts.suspect(key, 100, 50);
+        }
+        assert_eq!(accounts.suspects().len(), MOST_SUSPECTS);
+        accounts.suspect(one, 300, 200);
+        assert_eq!(accounts.suspects().len(), 1);
     }
 
     #[test]

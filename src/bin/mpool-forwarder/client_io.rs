@@ -7,6 +7,7 @@ use crate::config::Timeouts;
 use crate::patience::Patience;
 use bytes::{Buf, Bytes};
 use futures_util::FutureExt;
+use smallvec::SmallVec;
 use std::io::{self, IoSlice};
 use std::os::fd::AsFd;
 use std::pin::Pin;
@@ -52,24 +53,54 @@ impl Exchange {
         Active(Arc::clone(self))
     }
 
+    /// Keeps the connection from looking idle until the value is dropped: a
+    /// body is still being read.
+    pub fn hold(self: &Arc<Self>) -> Active {
+        self.active.fetch_add(1, Ordering::Relaxed);
+        Active(Arc::clone(self))
+    }
+
     /// Whether the request's head may hold a Content-Length. The library drops
     /// it without a word beside a Transfer-Encoding.
     pub fn take_may_have_length(&self) -> bool {
         self.may_have_length.swap(true, Ordering::Relaxed)
     }
+}
 
-    fn head_came(&self, bytes: &[u8], whole: bool) {
-        self.may_have_length
-            .store(!whole || names_length(bytes), Ordering::Relaxed);
+const LENGTH: &[u8] = b"content-length";
+
+/// Looks for a Content-Length in a head as it comes, in however many pieces.
+#[derive(Debug, Default)]
+struct HeadScan {
+    found: bool,
+    /// The last bytes so far, too few to hold the name.
+    tail: SmallVec<[u8; 32]>,
+}
+
+impl HeadScan {
+    /// Whether there has been one by the end of this piece.
+    fn sees(&mut self, piece: &[u8]) -> bool {
+        const REST: usize = LENGTH.len() - 1;
+        let border = piece.get(..REST).unwrap_or(piece);
+        self.tail.extend_from_slice(border);
+        self.found |= names_length(&self.tail) || names_length(piece);
+        if piece.len() > REST {
+            self.tail.clear();
+            self.tail
+                .extend_from_slice(piece.get(piece.len() - REST..).unwrap_or_default());
+        } else {
+            let surplus = self.tail.len().saturating_sub(REST);
+            self.tail.drain(..surplus);
+        }
+        self.found
     }
 }
 
 fn names_length(head: &[u8]) -> bool {
-    const NAME: &[u8] = b"content-length";
     memchr::memchr_iter(b'-', head).any(|at| {
         let start = at.checked_sub(7);
-        let name = start.and_then(|start| head.get(start..start + NAME.len()));
-        name.is_some_and(|name| name.eq_ignore_ascii_case(NAME))
+        let name = start.and_then(|start| head.get(start..start + LENGTH.len()));
+        name.is_some_and(|name| name.eq_ignore_ascii_case(LENGTH))
     })
 }
 
@@ -123,6 +154,7 @@ pub struct ClientIo<S> {
     idle_since: Instant,
     /// When a head began to come, since the connection is idle.
     head_since: Option<Instant>,
+    scan: HeadScan,
     /// Whether the library reads, so that it sees a client go.
     reading: bool,
     /// Looks out for that while it does not: a second view of the socket.
@@ -157,6 +189,7 @@ impl<S: Transport> ClientIo<S> {
             was_active: false,
             idle_since: now,
             head_since: None,
+            scan: HeadScan::default(),
             reading: false,
             lookout: None,
             stalled_since: None,
@@ -318,7 +351,13 @@ impl<S: Transport> AsyncRead for ClientIo<S> {
         if let Poll::Ready(read) = Pin::new(&mut this.inner).poll_read(cx, buffer) {
             let came = buffer.filled().get(before..).unwrap_or_default();
             if !came.is_empty() && this.is_idle() {
-                this.exchange.head_came(came, this.head_since.is_none());
+                if this.head_since.is_none() {
+                    this.scan = HeadScan::default();
+                }
+                let length = this.scan.sees(came);
+                this.exchange
+                    .may_have_length
+                    .store(length, Ordering::Relaxed);
             }
             if !came.is_empty() && this.head_since.is_none() && this.is_idle() {
                 this.is_http2 |= this.noted == 0 && came.starts_with(b"PRI ");
@@ -406,6 +445,23 @@ impl<S: Transport> AsyncWrite for ClientIo<S> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_length_is_seen_however_the_head_is_cut() {
+        let head = b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n";
+        for size in 1..head.len() {
+            let mut scan = HeadScan::default();
+            let seen: Vec<bool> = head.chunks(size).map(|piece| scan.sees(piece)).collect();
+            assert_eq!(seen.last(), Some(&true), "{size}");
+            assert!(!seen[0] || size > 58, "{size}");
+        }
+        let mut scan = HeadScan::default();
+        assert!(
+            !b"content-_content_length-content"
+                .chunks(3)
+                .any(|piece| scan.sees(piece))
+        );
+    }
 
     #[test]
     fn a_length_is_seen_in_any_case_and_place() {

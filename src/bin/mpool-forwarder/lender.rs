@@ -262,7 +262,11 @@ impl Lender {
         let mut credential = HeaderValue::try_from(value).map_err(|_| no_token)?;
         credential.set_sensitive(true);
         let lease = Lease {
-            account: self.accounts.named(&account),
+            // Bound keys' accounts are not the pool's, and may bear the same names.
+            account: match state {
+                State::Bound => Arc::new(Account::new(&account)),
+                _ => self.accounts.named(&account),
+            },
             scheme,
             credential,
             last_rotation: fields.last_rotation,

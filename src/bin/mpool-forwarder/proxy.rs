@@ -1,7 +1,7 @@
 //! The way of a request: whose it is, which account it gets, up to the upstream
 //! and back; and once more on another account when the first one is refused.
 
-use crate::accounts::Account;
+use crate::accounts::{Account, DOUBT};
 use crate::answers::Code;
 use crate::client_io::{Active, Exchange};
 use crate::config::Limits;
@@ -43,6 +43,8 @@ struct Order {
     extensions: hyper::http::Extensions,
     upload: Upload,
     key: Box<[u8]>,
+    /// The key, as the rules for accounts tell keys apart.
+    who: u64,
     expects_continue: bool,
 }
 
@@ -92,11 +94,15 @@ impl Proxy {
             Err(Code::BadRequest.into())
         };
         let mut response = match admitted {
-            Ok((grant, key)) => self.forward(parts, body, key, grant, report, active).await,
+            Ok(admitted) => {
+                self.forward((parts, body), admitted, report, active, exchange)
+                    .await
+            }
+
             Err(own) => {
                 // A client that waits for leave to send its body will not send it.
                 if !parts.headers.contains_key(EXPECT) {
-                    upload::discard(body);
+                    upload::discard(body, Some(exchange.hold()));
                 }
                 answer(own, report, active)
             }
@@ -167,12 +173,11 @@ impl Proxy {
 
     async fn forward(
         &self,
-        parts: Parts,
-        body: Incoming,
-        key: Box<[u8]>,
-        grant: Grant,
+        (parts, body): (Parts, Incoming),
+        (grant, key): (Grant, Box<[u8]>),
         mut report: Report,
         active: Active,
+        exchange: &Arc<Exchange>,
     ) -> Response<Reply> {
         report.granted(&grant);
         let Some(uri) = self.base.join(&parts.uri) else {
@@ -184,7 +189,8 @@ impl Proxy {
             expects_continue: expects_continue(&parts.headers),
             headers: parts.headers,
             extensions: parts.extensions,
-            upload: Upload::new(body, &self.uploads),
+            upload: Upload::new(body, &self.uploads, exchange),
+            who: self.lender.accounts.key(&key),
             key,
         };
         headers::prepare(&mut order.headers, self.upstream.over_http2());
@@ -223,6 +229,7 @@ impl Proxy {
         let mut tried = Tried::default();
         loop {
             let account = Arc::clone(&grant.lease.account);
+            let sent_at = self.now();
             match self.send(order, &grant).await {
                 // No upgrade was asked for.
                 Ok(response) if response.status() == StatusCode::SWITCHING_PROTOCOLS => {
@@ -232,21 +239,16 @@ impl Proxy {
                     if response.status() != StatusCode::UNAUTHORIZED || grant.lease.bound =>
                 {
                     account.well(self.now());
+                    self.lender.accounts.believe(order.who);
                     return Ok(response);
                 }
                 Ok(response) => {
                     self.metrics.upstream_error(&account.name, "401");
                     if tried.another_account {
-                        // Two accounts in a row: it may well be the request.
-                        if let Some(first) = tried
-                            .cooled
-                            .filter(|first| first.may_be_innocent(self.now()))
-                        {
-                            self.put_back(&first).await;
-                        }
+                        self.refused_by_two(order, &account, tried.cooled).await;
                         return Ok(response);
                     }
-                    match self.replace(order, &grant).await {
+                    match self.replace(order, &grant, sent_at).await {
                         Replacement::Grant(next, cooled) => {
                             tried.another_account = true;
                             tried.cooled = cooled.then_some(account);
@@ -255,7 +257,7 @@ impl Proxy {
                         Replacement::None(own) => return Err(own),
                         Replacement::Innocent => return Ok(response),
                     }
-                    upload::discard(response.into_body());
+                    upload::discard(response.into_body(), None);
                     if let Some(fault) = order.upload.fault() {
                         return Err(of_fault(fault).into());
                     }
@@ -270,7 +272,7 @@ impl Proxy {
                 Err(SendError::Upload(fault)) => return Err(of_fault(fault).into()),
                 Err(error) => {
                     self.metrics.upstream_error(&account.name, error.name());
-                    let cooled = self.connection_failed(&grant, error).await;
+                    let cooled = self.connection_failed(order, &grant, error).await;
                     // Only what was not sent, or may be sent twice (RFC 9110 section 9.2.2).
                     let may_repeat = match error {
                         SendError::Connect => true,
@@ -320,8 +322,9 @@ impl Proxy {
     }
 
     /// The upstream has refused the account: finds another for the request.
-    async fn replace(&self, order: &Order, refused: &Grant) -> Replacement {
+    async fn replace(&self, order: &Order, refused: &Grant, sent_at: u64) -> Replacement {
         let account = &refused.lease.account;
+        let _turn = account.turn.lock().await;
         // Another request may have been quicker, or the file has a new token.
         match self.acquire(&order.key).await {
             Ok(grant) if grant.state == State::Grace => {
@@ -336,10 +339,13 @@ impl Proxy {
             Ok(_) => {}
             Err(own) => return Replacement::None(own),
         }
-        if !self
-            .cool(account, account.refused(), "the upstream answered 401")
-            .await
-        {
+        // Or it has been found that the account is not at fault.
+        let now = self.now();
+        if account.cooled_since(sent_at) || self.lender.accounts.is_suspect(order.who, now) {
+            return Replacement::Innocent;
+        }
+        let units = account.refused(order.who, now);
+        if !self.cool(account, units, "the upstream answered 401").await {
             return Replacement::Innocent;
         }
         match self.acquire(&order.key).await {
@@ -347,7 +353,7 @@ impl Proxy {
                 Replacement::Grant(grant, true)
             }
             Ok(_) => Replacement::Innocent,
-            Err(_) if account.may_be_innocent(self.now()) => {
+            Err(_) if account.may_be_innocent(now) => {
                 self.put_back(account).await;
                 Replacement::Innocent
             }
@@ -355,19 +361,31 @@ impl Proxy {
         }
     }
 
+    /// A second account has refused the request too: it may well be the request.
+    async fn refused_by_two(&self, order: &Order, second: &Account, first: Option<Arc<Account>>) {
+        let now = self.now();
+        second.refused_too(order.who);
+        self.lender.accounts.suspect(order.who, now + DOUBT, now);
+        if let Some(first) = first.filter(|first| first.is_innocent_beside_another()) {
+            self.put_back(&first).await;
+        }
+    }
+
     /// Answers whether the account has been cooled down.
-    async fn connection_failed(&self, grant: &Grant, error: SendError) -> bool {
-        let account = &grant.lease.account;
-        if grant.lease.bound || error == SendError::Timeout {
+    async fn connection_failed(&self, order: &Order, grant: &Grant, error: SendError) -> bool {
+        let (account, accounts) = (&grant.lease.account, &self.lender.accounts);
+        let now = self.now();
+        // A key that has cost one account must have got an answer before it costs the next.
+        if grant.lease.bound || error == SendError::Timeout || accounts.is_suspect(order.who, now) {
             return false;
         }
-        match self.lender.accounts.failed(account, self.now()) {
-            Some(units) => {
-                self.cool(account, units, "connections to the upstream keep failing")
-                    .await
-            }
-            None => false,
-        }
+        let Some(units) = accounts.failed(account, now) else {
+            return false;
+        };
+        let span = u64::try_from(self.cooldown.as_millis()).unwrap_or(u64::MAX);
+        accounts.suspect(order.who, now.saturating_add(span), now);
+        self.cool(account, units, "connections to the upstream keep failing")
+            .await
     }
 
     async fn cool(&self, account: &Account, units: u32, reason: &str) -> bool {

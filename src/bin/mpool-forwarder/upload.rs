@@ -2,6 +2,7 @@
 //! limit, watched for silence, and kept up to a limit, so that the request can be
 //! sent once more on another account.
 
+use crate::client_io::{Active, Exchange};
 use crate::headers;
 use crate::patience::Patience;
 use bytes::Bytes;
@@ -94,6 +95,7 @@ enum Kept {
 struct Source {
     live: Incoming,
     rules: Rules,
+    exchange: Arc<Exchange>,
     /// Everything that came so far; nothing once it can't be sent again.
     kept: Option<Vec<Kept>>,
     kept_bytes: usize,
@@ -229,13 +231,14 @@ pub struct Upload {
 }
 
 impl Upload {
-    pub fn new(live: Incoming, rules: &Rules) -> Self {
+    pub fn new(live: Incoming, rules: &Rules, exchange: &Arc<Exchange>) -> Self {
         if live.is_end_stream() {
             return Self { source: None };
         }
         let source = Source {
             live,
             rules: rules.clone(),
+            exchange: Arc::clone(exchange),
             kept: Some(Vec::new()),
             kept_bytes: 0,
             received: 0,
@@ -317,6 +320,7 @@ impl Upload {
         let Some(shared) = self.source.clone() else {
             return;
         };
+        let mut held = None;
         if let Some(mut source) = self.lock() {
             source.forget();
             if source.finished || source.fault == Some(Fault::Broken) {
@@ -327,22 +331,26 @@ impl Upload {
             if source.gate.take().is_some() {
                 return;
             }
+            held = Some(source.exchange.hold());
         }
         let mut left = DRAIN.0;
-        drain(poll_fn(move |cx| {
-            let mut source = shared.lock().unwrap_or_else(PoisonError::into_inner);
-            loop {
-                match ready!(Pin::new(&mut source.live).poll_frame(cx)) {
-                    Some(Ok(frame)) => {
-                        left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len))
+        drain(
+            held,
+            poll_fn(move |cx| {
+                let mut source = shared.lock().unwrap_or_else(PoisonError::into_inner);
+                loop {
+                    match ready!(Pin::new(&mut source.live).poll_frame(cx)) {
+                        Some(Ok(frame)) => {
+                            left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len))
+                        }
+                        Some(Err(_)) | None => return Poll::Ready(()),
                     }
-                    Some(Err(_)) | None => return Poll::Ready(()),
+                    if left == 0 {
+                        return Poll::Ready(());
+                    }
                 }
-                if left == 0 {
-                    return Poll::Ready(());
-                }
-            }
-        }));
+            }),
+        );
     }
 
     /// The answer has begun: the body won't be sent again, and what is withheld
@@ -438,20 +446,24 @@ impl Body for UploadBody {
 /// How much a client may still send that has its answer, in bytes, and for how long.
 const DRAIN: (usize, Duration) = (16 << 20, Duration::from_secs(5));
 
-fn drain(reading: impl Future<Output = ()> + Send + 'static) {
+/// `held` keeps the client's connection from looking idle meanwhile.
+fn drain(held: Option<Active>, reading: impl Future<Output = ()> + Send + 'static) {
     // There is no runtime any more when the process ends.
     if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-        runtime.spawn(tokio::time::timeout(DRAIN.1, reading));
+        runtime.spawn(async move {
+            let _ = tokio::time::timeout(DRAIN.1, reading).await;
+            drop(held);
+        });
     }
 }
 
 /// Reads a body to its end, within bounds, so that its connection can be used
-/// again and the other side isn't cut off.
-pub fn discard(mut body: Incoming) {
+/// again and the other side isn't cut off. `held` is a client's connection.
+pub fn discard(mut body: Incoming, held: Option<Active>) {
     if body.is_end_stream() {
         return;
     }
-    drain(async move {
+    drain(held, async move {
         let mut left = DRAIN.0;
         while let Some(Ok(frame)) = body.frame().await {
             left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
