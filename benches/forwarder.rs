@@ -21,16 +21,19 @@
 mod support;
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::str::FromStr;
 use support::{Client, Options, Server, free_port, wait_for};
 use tempfile::TempDir;
 
 /// What the upstream answers with, 100 bytes of it.
-const ANSWER: &str = r#"{"id":"msg_0123456789","type":"message","role":"assistant","text":"Hello there, how are you today?"}"#;
+const ANSWER: &str = concat!(
+    r#"{"id":"msg_0123456789","type":"message","role":"assistant","#,
+    r#""text":"Hello there, how are you today?"}"#
+);
 
 /// Prints what wrk found in a form that needs no guessing.
 const REPORT: &str = r#"
@@ -97,16 +100,10 @@ fn main() {
         )
     });
     let nginx = Nginx::start(threads, |port| proxy_config(port, upstream.port));
-    let mut more: Vec<String> = vec![env!("CARGO_BIN_EXE_mpool-forwarder").to_owned()];
-    let given: String = setting("FORWARDER", String::new());
-    more.extend(
-        given
-            .split(':')
-            .filter(|path| !path.is_empty())
-            .map(str::to_owned),
-    );
-    let forwarders: Vec<Forwarder> = more
-        .iter()
+    let more: String = setting("FORWARDER", String::new());
+    let more = more.split(':').filter(|path| !path.is_empty());
+    let forwarders: Vec<Forwarder> = std::iter::once(env!("CARGO_BIN_EXE_mpool-forwarder"))
+        .chain(more)
         .map(|binary| Forwarder::start(binary, threads, &redis, upstream.port))
         .collect();
 
@@ -125,13 +122,11 @@ fn main() {
         Target::new("straight", upstream.port, vec![]),
         Target::new("nginx", nginx.port, nginx.workers()),
     ];
-    for forwarder in &forwarders {
-        targets.push(Target::new(
-            &forwarder.name,
-            forwarder.port,
-            vec![forwarder.child.id()],
-        ));
-    }
+    targets.extend(
+        forwarders.iter().map(|forwarder| {
+            Target::new(&forwarder.name, forwarder.port, vec![forwarder.child.id()])
+        }),
+    );
     let only: String = setting("ONLY", String::new());
     targets.retain(|target| only.is_empty() || target.name == only);
     assert!(
@@ -139,24 +134,17 @@ fn main() {
         "MPOOL_BENCH_ONLY names nothing that is measured"
     );
 
+    println!("\nmpool-forwarder beside nginx proxy_pass, threads of each: {threads}");
     println!(
-        "\nmpool-forwarder beside nginx proxy_pass, {threads} thread(s) each; {rounds} rounds of {} s, medians (least-most)",
+        "{}; {rounds} rounds of {} s, medians (least-most)",
+        machine(),
         bench.seconds
     );
-    println!("{}", machine());
     for count in connections {
         let samples = bench.rounds(&mut targets, count, rounds);
         print_table(&targets, &samples, count);
     }
-    println!();
-    for target in &targets {
-        let lookups = target.lookups as f64 / target.requests.max(1) as f64;
-        println!(
-            "{:<14} peak memory {:>6.1} MB, {lookups:.3} look-ups a request",
-            target.name,
-            peak_memory(&target.pids)
-        );
-    }
+    print_memory(&targets);
 }
 
 /// What the environment says under `MPOOL_BENCH_…`.
@@ -191,7 +179,14 @@ impl Bench {
         rounds: usize,
     ) -> Vec<Vec<Figures>> {
         for target in &mut *targets {
-            check_answer(target.port, &self.key);
+            wait_for(
+                &format!("the upstream's answer from {}", target.name),
+                || {
+                    let answer = ask(target.port, &self.key).ok()?;
+                    (answer.starts_with("HTTP/1.1 200 ") && answer.ends_with(ANSWER)).then_some(())
+                },
+            );
+            // The connections to the upstream are made now.
             self.wrk(target.port, connections, 1);
         }
         let mut samples = vec![Vec::new(); targets.len()];
@@ -272,17 +267,16 @@ impl Bench {
     }
 }
 
-/// The target must answer with what the upstream says before it is measured.
-fn check_answer(port: u16, key: &str) {
-    let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+/// What the target answers one request with, head and body.
+fn ask(port: u16, key: &str) -> std::io::Result<String> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port))?;
     let request = format!(
         "GET /v1/messages HTTP/1.1\r\nHost: bench\r\nx-api-key: {key}\r\nConnection: close\r\n\r\n"
     );
-    stream.write_all(request.as_bytes()).unwrap();
+    stream.write_all(request.as_bytes())?;
     let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
-    let right = answer.starts_with("HTTP/1.1 200 ") && answer.ends_with(ANSWER);
-    assert!(right, "not the upstream's answer: {answer}");
+    stream.read_to_string(&mut answer)?;
+    Ok(answer)
 }
 
 fn print_table(targets: &[Target], samples: &[Vec<Figures>], connections: u32) {
@@ -290,13 +284,19 @@ fn print_table(targets: &[Target], samples: &[Vec<Figures>], connections: u32) {
         samples.iter().map(|figures| figures[column]).collect()
     };
     println!();
-    print!("{:<16}", format!("{connections} connection(s)"));
-    COLUMNS.iter().for_each(|(title, _)| print!("{title:>21}"));
+    print!("{:<16}", format!("connections: {connections}"));
+    COLUMNS.iter().for_each(|(title, _)| print!("{title:>23}"));
     println!();
     for (target, samples) in targets.iter().zip(samples) {
         print!("  {:<14}", target.name);
         for (number, &(_, decimals)) in COLUMNS.iter().enumerate() {
-            print!("{:>21}", spread(&column(samples, number), decimals));
+            let figures = column(samples, number);
+            let text = if number >= CPU && target.pids.is_empty() {
+                "-".to_owned()
+            } else {
+                spread(&figures, decimals)
+            };
+            print!("{text:>23}");
         }
         println!();
     }
@@ -312,7 +312,7 @@ fn print_table(targets: &[Target], samples: &[Vec<Figures>], connections: u32) {
         };
         print!("  {:<14}", format!("{}/nginx", target.name));
         for number in 0..=CPU {
-            print!("{:>21}", spread(&ratios(number), 2));
+            print!("{:>23}", spread(&ratios(number), 2));
         }
         println!();
         if connections != GOAL_CONNECTIONS {
@@ -331,6 +331,24 @@ fn print_table(targets: &[Target], samples: &[Vec<Figures>], connections: u32) {
                 COLUMNS[number].0
             );
         }
+    }
+}
+
+/// The peak over the whole run, and how often leases were looked up in it.
+fn print_memory(targets: &[Target]) {
+    let nginx = targets.iter().find(|target| target.name == "nginx");
+    let nginx = nginx.map(|target| peak_memory(&target.pids));
+    println!();
+    for target in targets.iter().filter(|target| !target.pids.is_empty()) {
+        let memory = peak_memory(&target.pids);
+        let ratio = nginx.map_or(String::new(), |nginx| {
+            format!(", {:.2} of nginx's", memory / nginx)
+        });
+        let lookups = target.lookups as f64 / target.requests.max(1) as f64;
+        println!(
+            "  {:<14} peak memory {memory:.1} MB{ratio}; {lookups:.3} look-ups a request",
+            target.name
+        );
     }
 }
 
@@ -463,15 +481,14 @@ struct Forwarder {
     name: String,
     child: Child,
     port: u16,
-    /// Kept open: it has more to say.
-    _stdout: BufReader<ChildStdout>,
 }
 
 impl Forwarder {
     fn start(binary: &str, threads: usize, redis: &Server, upstream: u16) -> Self {
-        let mut child = Command::new(binary)
+        let port = free_port();
+        let child = Command::new(binary)
             .env_clear()
-            .args(["--listen", "127.0.0.1:0", "--admin", "off"])
+            .args(["--listen", &format!("127.0.0.1:{port}"), "--admin", "off"])
             .args([
                 "--redis",
                 &redis.url(),
@@ -480,27 +497,15 @@ impl Forwarder {
             ])
             .args(["--threads", &threads.to_string(), "--log-level", "warn"])
             .stdin(Stdio::null())
-            .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        let mut stdout = BufReader::new(child.stdout.take().unwrap());
-        let mut said = String::new();
-        let port = loop {
-            let start = said.len();
-            let length = stdout.read_line(&mut said).unwrap();
-            assert!(length > 0, "{binary} does not start: {said}");
-            if let Some((_, port)) = said[start..].split_once("listening on 127.0.0.1:") {
-                break port.trim().parse().unwrap();
-            }
-        };
         let name = Path::new(binary).file_name().unwrap().to_str().unwrap();
         let name = name.trim_start_matches("mpool-").to_owned();
-        Self {
-            name,
-            child,
-            port,
-            _stdout: stdout,
-        }
+        let forwarder = Self { name, child, port };
+        wait_for("the forwarder to listen", || {
+            TcpStream::connect(("127.0.0.1", port)).ok()
+        });
+        forwarder
     }
 }
 

@@ -11,6 +11,14 @@ use hyper::http::header::GetAll;
 pub const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
+static HOP_BY_HOP: [HeaderName; 6] = [
+    CONNECTION,
+    PROXY_CONNECTION,
+    KEEP_ALIVE,
+    TE,
+    TRANSFER_ENCODING,
+    UPGRADE,
+];
 
 /// What the client sent to say who it is.
 #[derive(Debug, PartialEq, Eq)]
@@ -49,24 +57,21 @@ fn bearer(value: &HeaderValue) -> Option<&[u8]> {
 /// Removes what is meant for this connection alone, in either direction.
 /// Answers whether the sender takes trailers (`TE: trailers`).
 pub fn strip_hop_by_hop(headers: &mut HeaderMap) -> bool {
-    let takes_trailers = headers.contains_key(TE) && lists(headers.get_all(TE), b"trailers");
-    if headers.contains_key(CONNECTION) {
-        let named: Vec<HeaderName> = headers
-            .get_all(CONNECTION)
-            .iter()
-            .flat_map(|value| value.as_bytes().split(|byte| *byte == b','))
-            .filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok())
-            .collect();
-        for name in named {
-            headers.remove(name);
-        }
-        headers.remove(CONNECTION);
+    if !headers.keys().any(|name| HOP_BY_HOP.contains(name)) {
+        return false;
     }
+    let takes_trailers = lists(headers.get_all(TE), b"trailers");
+    let named: Vec<HeaderName> = headers
+        .get_all(CONNECTION)
+        .iter()
+        .flat_map(|value| value.as_bytes().split(|byte| *byte == b','))
+        .filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok())
+        .collect();
     if headers.contains_key(TRANSFER_ENCODING) {
         // RFC 9112 section 6.3: it overrides a length, which must not go on.
         headers.remove(CONTENT_LENGTH);
     }
-    for name in [PROXY_CONNECTION, KEEP_ALIVE, TE, TRANSFER_ENCODING, UPGRADE] {
+    for name in named.iter().chain(&HOP_BY_HOP) {
         headers.remove(name);
     }
     takes_trailers
@@ -83,22 +88,30 @@ fn lists(values: GetAll<'_, HeaderValue>, word: &[u8]) -> bool {
 }
 
 /// Makes a client's headers into those for the upstream: everything but the
-/// credential, which [`put_credential`] adds, and `Host`, which the client
-/// library takes from the upstream's URL, over HTTP/2 as `:authority`.
-pub fn prepare(headers: &mut HeaderMap, over_http2: bool) {
+/// credential, which [`put_credential`] adds, and `Host`. Answers whether the
+/// client takes trailers, which [`for_http1`] and [`for_http2`] pass on.
+pub fn prepare(headers: &mut HeaderMap) -> bool {
     let takes_trailers = strip_hop_by_hop(headers);
-    headers.remove(API_KEY);
-    headers.remove(AUTHORIZATION);
-    headers.remove(PROXY_AUTHORIZATION);
-    headers.remove(HOST);
+    for name in [API_KEY, AUTHORIZATION, PROXY_AUTHORIZATION, HOST] {
+        headers.remove(name);
+    }
+    takes_trailers
+}
+
+/// What HTTP/1 needs besides.
+pub fn for_http1(headers: &mut HeaderMap, host: &HeaderValue, takes_trailers: bool) {
+    headers.insert(HOST, host.clone());
     if takes_trailers {
         headers.insert(TE, HeaderValue::from_static("trailers"));
-        if !over_http2 {
-            headers.insert(CONNECTION, HeaderValue::from_static("TE"));
-        }
+        headers.insert(CONNECTION, HeaderValue::from_static("TE"));
     }
-    if !over_http2 {
-        join_cookies(headers);
+    join_cookies(headers);
+}
+
+/// What HTTP/2 needs besides; the host is in `:authority`.
+pub fn for_http2(headers: &mut HeaderMap, takes_trailers: bool) {
+    if takes_trailers {
+        headers.insert(TE, HeaderValue::from_static("trailers"));
     }
 }
 
@@ -271,13 +284,20 @@ mod tests {
             ("cookie", "a=1"),
             ("cookie", "b=2"),
         ]);
-        prepare(&mut headers, false);
-        let expected = map(&[
+        assert!(prepare(&mut headers));
+        assert_eq!(headers, map(&[("cookie", "a=1"), ("cookie", "b=2")]));
+        let mut over_http2 = headers.clone();
+        for_http2(&mut over_http2, true);
+        let expected = [("te", "trailers"), ("cookie", "a=1"), ("cookie", "b=2")];
+        assert_eq!(over_http2, map(&expected));
+        for_http1(&mut headers, &HeaderValue::from_static("h"), true);
+        let expected = [
+            ("host", "h"),
             ("te", "trailers"),
             ("connection", "TE"),
             ("cookie", "a=1; b=2"),
-        ]);
-        assert_eq!(headers, expected);
+        ];
+        assert_eq!(headers, map(&expected));
         put_credential(
             &mut headers,
             Scheme::ApiKey,
@@ -295,7 +315,7 @@ mod tests {
             ),
             ("content-length", "5"),
         ]);
-        prepare(&mut headers, false);
+        assert!(!prepare(&mut headers));
         put_credential(
             &mut headers,
             Scheme::Bearer,

@@ -13,7 +13,7 @@ use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
@@ -297,15 +297,14 @@ impl Talk {
     }
 
     fn read(&mut self, cx: &mut Context<'_>) -> Result<(), End> {
-        let mut piece = [0; 16 << 10];
         loop {
-            let mut buffer = ReadBuf::new(&mut piece);
-            match Pin::new(&mut self.stream).poll_read(cx, &mut buffer) {
-                Poll::Ready(Ok(())) if buffer.filled().is_empty() => return Err(End::Broke),
-                Poll::Ready(read) => read?,
+            self.came.reserve(4 << 10);
+            let reading = std::pin::pin!(self.stream.read_buf(&mut self.came));
+            match reading.poll(cx) {
+                Poll::Ready(Ok(0)) => return Err(End::Broke),
+                Poll::Ready(read) => drop(read?),
                 Poll::Pending => return Ok(()),
             }
-            self.came.extend_from_slice(buffer.filled());
             while let Some(length) = resp::reply_length(&self.came).map_err(|_| End::Broke)? {
                 let reply = self.came.split_to(length).freeze();
                 let demoted = reply.starts_with(b"-READONLY") || reply.starts_with(b"-MASTERDOWN");

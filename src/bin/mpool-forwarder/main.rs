@@ -6,7 +6,7 @@
 //! - [`proxy`]: the way of a request; [`headers`], [`upload`], [`relay`]: its parts
 //! - [`lender`]: what the pool says; [`link`], [`resp`]: the connection to Redis
 //! - [`accounts`]: rules for accounts in trouble
-//! - [`upstream`]: connections and timeouts towards the API
+//! - [`upstream`]: connections and timeouts towards the API; [`base`]: its URL
 //! - [`answers`]: every answer of its own
 //! - [`report`], [`log`], [`metrics`], [`admin`]: what operators see
 
@@ -33,6 +33,7 @@
 mod accounts;
 mod admin;
 mod answers;
+mod base;
 mod client_io;
 mod config;
 mod headers;

@@ -3,6 +3,7 @@
 
 use crate::accounts::{Account, DOUBT};
 use crate::answers::Code;
+use crate::base::Base;
 use crate::client_io::{Active, Exchange};
 use crate::config::Limits;
 use crate::headers::{self, GivenKey};
@@ -10,8 +11,8 @@ use crate::lender::{Denied, Grant, Lender, State};
 use crate::metrics::Metrics;
 use crate::relay::{Relay, Reply};
 use crate::report::{Report, log_lease};
-use crate::upload::{self, Fault, Rules, Upload};
-use crate::upstream::{Base, SendError, Upstream};
+use crate::upload::{self, Fault, Rules, Upload, UploadBody};
+use crate::upstream::{Download, SendError, Upstream};
 use hyper::body::{Body, Incoming};
 use hyper::header::{CONNECTION, EXPECT, HeaderMap, HeaderValue, TRANSFER_ENCODING};
 use hyper::http::request::Parts;
@@ -19,6 +20,9 @@ use hyper::{Method, Request, Response, StatusCode, Uri, Version};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+
+/// Tries to find a connection that is open.
+const MOST_UNSENT: usize = 8;
 
 /// What one thread needs to serve requests.
 pub struct Proxy {
@@ -38,8 +42,9 @@ pub struct Proxy {
 /// A request that is ready for any account.
 struct Order {
     method: Method,
-    uri: Uri,
+    target: Uri,
     headers: HeaderMap,
+    takes_trailers: bool,
     extensions: hyper::http::Extensions,
     upload: Upload,
     key: Box<[u8]>,
@@ -180,23 +185,22 @@ impl Proxy {
         exchange: &Arc<Exchange>,
     ) -> Response<Reply> {
         report.granted(&grant);
-        let Some(uri) = self.base.join(&parts.uri) else {
-            return answer(Code::BadRequest.into(), report, active);
-        };
+        let mut headers = parts.headers;
+        let expects_continue = expects_continue(&headers);
         let mut order = Order {
             method: parts.method,
-            uri,
-            expects_continue: expects_continue(&parts.headers),
-            headers: parts.headers,
+            target: parts.uri,
+            takes_trailers: headers::prepare(&mut headers),
+            headers,
             extensions: parts.extensions,
             upload: Upload::new(body, &self.uploads, exchange),
             who: self.lender.accounts.key(&key),
             key,
+            expects_continue,
         };
-        headers::prepare(&mut order.headers, self.upstream.over_http2());
         order.extensions.remove::<hyper::upgrade::OnUpgrade>();
         report.upload(&order.upload);
-        match self.exchange(&order, grant, &mut report).await {
+        match self.exchange(&mut order, grant, &mut report).await {
             Ok(response) => self.relay(response, &order, report, active),
             Err(own) => answer(own, report, active),
         }
@@ -204,7 +208,7 @@ impl Proxy {
 
     fn relay(
         &self,
-        response: Response<Incoming>,
+        response: Response<Download>,
         order: &Order,
         mut report: Report,
         active: Active,
@@ -222,10 +226,10 @@ impl Proxy {
     /// refused, and once more where the connection to the upstream was of no use.
     async fn exchange(
         &self,
-        order: &Order,
+        order: &mut Order,
         mut grant: Grant,
         report: &mut Report,
-    ) -> Result<Response<Incoming>, Own> {
+    ) -> Result<Response<Download>, Own> {
         let mut tried = Tried::default();
         loop {
             let account = Arc::clone(&grant.lease.account);
@@ -270,6 +274,7 @@ impl Proxy {
                     self.metrics.failovers.inc();
                 }
                 Err(SendError::Upload(fault)) => return Err(of_fault(fault).into()),
+                Err(SendError::Target) => return Err(Code::BadRequest.into()),
                 Err(error) => {
                     self.metrics.upstream_error(&account.name, error.name());
                     let cooled = self.connection_failed(order, &grant, error).await;
@@ -297,18 +302,46 @@ impl Proxy {
         }
     }
 
-    async fn send(&self, order: &Order, grant: &Grant) -> Result<Response<Incoming>, SendError> {
-        let body = order.upload.body().ok_or(SendError::Broke)?;
-        let mut request = Request::new(body);
+    async fn send(
+        &self,
+        order: &mut Order,
+        grant: &Grant,
+    ) -> Result<Response<Download>, SendError> {
+        // A connection that was closed while it was idle is found out on use.
+        for _ in 0..MOST_UNSENT {
+            let channel = self.upstream.channel().await?;
+            let request = self.request(order, grant, channel.is_http2())?;
+            match self.upstream.send(channel, request, &order.upload).await {
+                Err(SendError::Unsent) => {}
+                outcome => return outcome,
+            }
+        }
+        Err(SendError::Connect)
+    }
+
+    /// The request as the upstream gets it.
+    fn request(
+        &self,
+        order: &mut Order,
+        grant: &Grant,
+        http2: bool,
+    ) -> Result<Request<UploadBody>, SendError> {
+        let mut request = Request::new(order.upload.body().ok_or(SendError::Broke)?);
         *request.method_mut() = order.method.clone();
-        *request.uri_mut() = order.uri.clone();
+        *request.uri_mut() = self
+            .base
+            .join(&order.target, http2)
+            .ok_or(SendError::Target)?;
         *request.headers_mut() = order.headers.clone();
-        *request.extensions_mut() = order.extensions.clone();
-        headers::put_credential(
-            request.headers_mut(),
-            grant.lease.scheme,
-            grant.lease.credential.clone(),
-        );
+        // The case of the headers' names: sent again, they go in lower case.
+        *request.extensions_mut() = std::mem::take(&mut order.extensions);
+        let headers = request.headers_mut();
+        if http2 {
+            headers::for_http2(headers, order.takes_trailers);
+        } else {
+            headers::for_http1(headers, &self.base.host, order.takes_trailers);
+        }
+        headers::put_credential(headers, grant.lease.scheme, grant.lease.credential.clone());
         if order.expects_continue {
             order.upload.withhold();
             let upload = order.upload.clone();
@@ -318,7 +351,7 @@ impl Proxy {
                 }
             });
         }
-        self.upstream.send(request, &order.upload).await
+        Ok(request)
     }
 
     /// The upstream has refused the account: finds another for the request.

@@ -4,10 +4,10 @@
 use crate::client_io::Active;
 use crate::patience::Patience;
 use crate::report::{End, Report};
+use crate::upstream::Download;
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::Full;
-use hyper::body::Incoming;
 use std::fmt;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -67,7 +67,7 @@ impl std::error::Error for Broken {}
 
 /// The upstream's body.
 pub struct Relay {
-    live: Incoming,
+    live: Download,
     report: Report,
     silence: Duration,
     last: Instant,
@@ -78,7 +78,7 @@ pub struct Relay {
 
 impl Relay {
     /// `silence` is how long the upstream may send nothing.
-    pub fn new(live: Incoming, report: Report, silence: Duration) -> Self {
+    pub fn new(live: Download, report: Report, silence: Duration) -> Self {
         let left = live.size_hint().exact();
         let mut relay = Self {
             live,

@@ -39,7 +39,8 @@ impl End {
 pub struct Report {
     metrics: Arc<Metrics>,
     method: Method,
-    uri: Uri,
+    /// Copied, as a piece of the head would keep the whole head in memory.
+    path: Box<str>,
     /// In full; only ever shown masked.
     key: Option<Box<str>>,
     upload: Option<Upload>,
@@ -58,7 +59,11 @@ impl Report {
         Self {
             metrics: Arc::clone(metrics),
             method: method.clone(),
-            uri: uri.clone(),
+            path: if lines_are_wanted() {
+                uri.path().into()
+            } else {
+                Box::default()
+            },
             key: None,
             upload: None,
             started: Instant::now(),
@@ -129,7 +134,7 @@ impl Report {
     fn log(&self) {
         let method = self.method.as_str();
         let path = Path {
-            path: self.uri.path(),
+            path: &self.path,
             key: self.key.as_deref(),
         };
         let received = self.upload.as_ref().map_or(0, Upload::received);

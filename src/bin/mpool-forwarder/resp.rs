@@ -27,7 +27,16 @@ pub fn command(words: &[&[u8]]) -> Vec<u8> {
 
 fn head(packed: &mut Vec<u8>, kind: u8, number: usize) {
     packed.push(kind);
-    packed.extend_from_slice(number.to_string().as_bytes());
+    let start = packed.len();
+    let mut rest = number;
+    loop {
+        packed.push(b'0' + u8::try_from(rest % 10).unwrap_or_default());
+        rest /= 10;
+        if rest == 0 {
+            break;
+        }
+    }
+    packed.get_mut(start..).unwrap_or_default().reverse();
     packed.extend_from_slice(b"\r\n");
 }
 
@@ -83,15 +92,18 @@ fn count(text: &[u8]) -> Result<Option<usize>, Malformed> {
     if text == b"-1" {
         return Ok(None);
     }
-    let digits = !text.is_empty() && text.iter().all(u8::is_ascii_digit);
-    let number = std::str::from_utf8(text)
-        .ok()
-        .filter(|_| digits)
-        .and_then(|text| text.parse().ok());
-    number
-        .filter(|number| *number <= LONGEST)
-        .map(Some)
-        .ok_or(Malformed)
+    let mut number = 0_usize;
+    for byte in text {
+        if !byte.is_ascii_digit() || number > LONGEST {
+            return Err(Malformed);
+        }
+        number = number * 10 + usize::from(byte - b'0');
+    }
+    if text.is_empty() || number > LONGEST {
+        Err(Malformed)
+    } else {
+        Ok(Some(number))
+    }
 }
 
 #[cfg(test)]

@@ -234,6 +234,7 @@ async fn work(
     let proxy = Arc::new(Proxy {
         base: config.upstream.clone(),
         upstream: Upstream::new(
+            &config.upstream,
             config.upstream_tls.clone(),
             config.upstream_protocol,
             &config.timeouts,
@@ -269,12 +270,12 @@ async fn work(
         let tls = tls.clone();
         tokio::spawn(async move {
             match tls {
-                None => serving.connection(stream).await,
+                None => Box::pin(serving.connection(stream)).await,
                 Some(tls) => {
                     let handshake =
                         tokio::time::timeout(serving.timeouts.header, tls.accept(stream));
                     if let Ok(Ok(stream)) = handshake.await {
-                        serving.connection(stream).await;
+                        Box::pin(serving.connection(stream)).await;
                     }
                 }
             }
@@ -329,7 +330,8 @@ impl Serving {
         let proxy = self.proxy;
         let service = service_fn(move |request: Request<Incoming>| {
             let (proxy, exchange) = (Arc::clone(&proxy), Arc::clone(&exchange));
-            async move { Ok::<_, Infallible>(proxy.serve(request, &exchange).await) }
+            // It is large, and gone once the answer has begun.
+            Box::pin(async move { Ok::<_, Infallible>(proxy.serve(request, &exchange).await) })
         });
         let connection = self.http.serve_connection(io, service).into_owned();
         // Whatever ends it has been reported request by request.

@@ -459,7 +459,11 @@ fn drain(held: Option<Active>, reading: impl Future<Output = ()> + Send + 'stati
 
 /// Reads a body to its end, within bounds, so that its connection can be used
 /// again and the other side isn't cut off. `held` is a client's connection.
-pub fn discard(mut body: Incoming, held: Option<Active>) {
+pub fn discard<B>(mut body: B, held: Option<Active>)
+where
+    B: Body<Data = Bytes> + Send + Unpin + 'static,
+    B::Error: Send,
+{
     if body.is_end_stream() {
         return;
     }

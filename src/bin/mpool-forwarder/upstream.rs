@@ -1,33 +1,40 @@
-//! The way to the upstream: its base URL, connections kept open, timeouts, and
-//! what can go wrong.
+//! The way to the upstream: connections kept open, timeouts, and what can go
+//! wrong. Each thread has its own.
+//!
+//! The connections are hyper's. They are handed out here and not by
+//! hyper-util's client, because that is a third of a request's cost, and because
+//! a request's form depends on the protocol of the connection that it gets.
 
+use crate::base::Base;
 use crate::config::{Limits, Timeouts};
 use crate::patience::Patience;
 use crate::upload::{Fault, Upload, UploadBody};
+use bytes::Bytes;
 use clap::ValueEnum;
+use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
-use hyper::http::uri::{Authority, PathAndQuery, Scheme};
-use hyper::{Request, Response, Uri, Version};
-use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder, MaybeHttpsStream};
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use std::error::Error;
+use hyper::client::conn::{http1, http2};
+use hyper::{Request, Response, Uri};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
+use hyper_util::client::legacy::connect::{Connection, HttpConnector};
+use hyper_util::rt::{TokioExecutor, TokioTimer};
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
-use std::str::FromStr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
-use tokio::net::TcpStream;
 use tokio::time::Instant;
+use tower_service::Service;
 
 /// How long an unused connection is kept, shorter than servers usually do:
 /// a request on one that the server is just closing would be lost.
 const IDLE: Duration = Duration::from_secs(30);
 /// Unused connections kept by each thread.
 const MAX_IDLE: usize = 1024;
+/// Streams on one HTTP/2 connection, unless the server allows fewer; then
+/// another connection is made.
+const MAX_STREAMS: usize = 100;
 
 /// The HTTP version spoken to the upstream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -37,82 +44,6 @@ pub enum Protocol {
     Http1,
     /// Without TLS and without asking first.
     Http2,
-}
-
-/// The upstream's base URL.
-#[derive(Clone, Debug)]
-pub struct Base {
-    scheme: Scheme,
-    authority: Authority,
-    /// Comes before each request's path; empty or without a slash at its end.
-    prefix: String,
-}
-
-impl FromStr for Base {
-    type Err = String;
-
-    fn from_str(url: &str) -> Result<Self, String> {
-        let form = "--upstream must be http://host[:port][/path] or https://host[:port][/path]";
-        let parts = url.parse::<Uri>().map_err(|_| form)?.into_parts();
-        let scheme = parts
-            .scheme
-            .filter(|s| *s == Scheme::HTTP || *s == Scheme::HTTPS)
-            .ok_or(form)?;
-        let authority = parts
-            .authority
-            .filter(|authority| !authority.host().is_empty())
-            .ok_or(form)?;
-        if authority.as_str().contains('@') {
-            return Err(
-                "--upstream must not hold a user or password: credentials are the accounts'".into(),
-            );
-        }
-        let path = parts
-            .path_and_query
-            .unwrap_or_else(|| PathAndQuery::from_static("/"));
-        if path.query().is_some() || url.contains('#') {
-            return Err(format!("{form}, without a query"));
-        }
-        let prefix = path.path().trim_end_matches('/').to_owned();
-        Ok(Self {
-            scheme,
-            authority,
-            prefix,
-        })
-    }
-}
-
-impl std::fmt::Display for Base {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}://{}{}", self.scheme, self.authority, self.prefix)
-    }
-}
-
-impl Base {
-    pub fn is_tls(&self) -> bool {
-        self.scheme == Scheme::HTTPS
-    }
-
-    /// The upstream's URL of what a client asked for. Nothing for a target that
-    /// can't be forwarded.
-    pub fn join(&self, asked: &Uri) -> Option<Uri> {
-        let path = asked
-            .path_and_query()
-            .cloned()
-            .unwrap_or_else(|| PathAndQuery::from_static("/"));
-        let path = if self.prefix.is_empty() {
-            path
-        } else if path.as_str() == "*" {
-            PathAndQuery::try_from(self.prefix.as_str()).ok()?
-        } else {
-            PathAndQuery::try_from(format!("{}{path}", self.prefix)).ok()?
-        };
-        let mut parts = hyper::http::uri::Parts::default();
-        parts.scheme = Some(self.scheme.clone());
-        parts.authority = Some(self.authority.clone());
-        parts.path_and_query = Some(path);
-        Uri::from_parts(parts).ok()
-    }
 }
 
 /// Why there is no answer of the upstream's.
@@ -128,6 +59,10 @@ pub enum SendError {
     Timeout,
     /// What came is no HTTP.
     Garbage,
+    /// The connection had been closed before anything was sent.
+    Unsent,
+    /// The request's target can't be asked for there.
+    Target,
     /// The client's body could not be passed on.
     Upload(Fault),
 }
@@ -140,6 +75,8 @@ impl SendError {
             Self::Broke => "broke-off",
             Self::Timeout => "timeout",
             Self::Garbage => "not-http",
+            Self::Unsent => "unsent",
+            Self::Target => "target",
             Self::Upload(_) => "upload",
         }
     }
@@ -147,15 +84,60 @@ impl SendError {
 
 /// One thread's connections to the upstream.
 #[derive(Clone)]
-pub struct Upstream {
-    client: Client<Bounded, UploadBody>,
+pub struct Upstream(Arc<Shared>);
+
+struct Shared {
+    origin: Uri,
+    connector: HttpsConnector<HttpConnector>,
+    protocol: Protocol,
+    connect_timeout: Duration,
     response_timeout: Duration,
-    /// Whether HTTP/2 is spoken, as far as is known: what the last answer came by.
-    over_http2: Arc<AtomicBool>,
+    http1: http1::Builder,
+    http2: http2::Builder<TokioExecutor>,
+    /// HTTP/1 connections that nobody uses, the last used one last.
+    idle: Mutex<Vec<Idle>>,
+    multiplexed: Mutex<Vec<Multiplexed>>,
+    /// Whether HTTP/2 is spoken, as far as is known: then one connects at a time.
+    over_http2: AtomicBool,
+    connecting: tokio::sync::Mutex<()>,
+}
+
+struct Idle {
+    sender: http1::SendRequest<UploadBody>,
+    since: Instant,
+}
+
+struct Multiplexed {
+    sender: http2::SendRequest<UploadBody>,
+    /// Each stream holds one.
+    streams: Arc<()>,
+    /// How many the server allows.
+    most: Arc<AtomicUsize>,
+}
+
+/// A connection for one request.
+pub enum Channel {
+    Http1(http1::SendRequest<UploadBody>),
+    Http2(
+        http2::SendRequest<UploadBody>,
+        #[expect(dead_code, reason = "it is there to be counted")] Arc<()>,
+    ),
+}
+
+impl Channel {
+    pub const fn is_http2(&self) -> bool {
+        matches!(self, Self::Http2(..))
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Upstream {
+    /// Called on the runtime of the thread that uses it.
     pub fn new(
+        base: &Base,
         tls: Option<rustls::ClientConfig>,
         protocol: Protocol,
         timeouts: &Timeouts,
@@ -164,12 +146,8 @@ impl Upstream {
         let mut tcp = HttpConnector::new();
         tcp.set_nodelay(true);
         tcp.enforce_http(false);
-        tcp.set_connect_timeout(Some(timeouts.connect));
         tcp.set_keepalive(Some(Duration::from_secs(60)));
         let may_negotiate = tls.is_some() && protocol == Protocol::Auto;
-        let over_http2 = Arc::new(AtomicBool::new(
-            may_negotiate || protocol == Protocol::Http2,
-        ));
         let tls = tls.unwrap_or_else(|| {
             // Never used: the base URL is http.
             rustls::ClientConfig::builder()
@@ -179,45 +157,56 @@ impl Upstream {
         let https = HttpsConnectorBuilder::new()
             .with_tls_config(tls)
             .https_or_http();
-        let https = match protocol {
+        let connector = match protocol {
             Protocol::Http1 => https.enable_http1().wrap_connector(tcp),
             Protocol::Auto | Protocol::Http2 => https.enable_all_versions().wrap_connector(tcp),
         };
-        let client = Client::builder(TokioExecutor::new())
-            .pool_timer(TokioTimer::new())
+        let mut http1 = http1::Builder::new();
+        http1
+            .preserve_header_case(true)
+            .max_headers(256)
+            .max_buf_size(limits.header.max(256 << 10));
+        let mut http2 = http2::Builder::new(TokioExecutor::new());
+        http2
             .timer(TokioTimer::new())
-            .pool_idle_timeout(IDLE)
-            .pool_max_idle_per_host(MAX_IDLE)
-            .set_host(true)
-            .http1_preserve_header_case(true)
-            .http1_max_headers(256)
-            .http1_max_buf_size(limits.header.max(256 << 10))
-            .http2_only(protocol == Protocol::Http2)
             // One client that reads slowly is not to hold up those that share the connection.
-            .http2_initial_stream_window_size(256 << 10)
-            .http2_initial_connection_window_size(64 << 20)
-            .http2_keep_alive_interval(Duration::from_secs(20))
-            .http2_keep_alive_while_idle(false)
-            .build(Bounded {
-                inner: https,
-                patience: timeouts.connect,
-            });
-        Self {
-            client,
+            .initial_stream_window_size(256 << 10)
+            .initial_connection_window_size(64 << 20)
+            .keep_alive_interval(Duration::from_secs(20))
+            .keep_alive_while_idle(false);
+        let shared = Arc::new(Shared {
+            origin: base.origin(),
+            connector,
+            protocol,
+            connect_timeout: timeouts.connect,
             response_timeout: timeouts.response,
-            over_http2,
+            http1,
+            http2,
+            idle: Mutex::default(),
+            multiplexed: Mutex::default(),
+            over_http2: AtomicBool::new(may_negotiate || protocol == Protocol::Http2),
+            connecting: tokio::sync::Mutex::new(()),
+        });
+        tokio::spawn(close_idle(Arc::downgrade(&shared)));
+        Self(shared)
+    }
+
+    /// A connection for a request: one that is open and free, or a new one.
+    ///
+    /// # Errors
+    /// [`SendError::Connect`] and [`SendError::ConnectTimeout`].
+    pub async fn channel(&self) -> Result<Channel, SendError> {
+        if let Some(channel) = self.0.free() {
+            return Ok(channel);
         }
-    }
-
-    /// Whether the next request is likely to go by HTTP/2.
-    pub fn over_http2(&self) -> bool {
-        self.over_http2.load(Ordering::Relaxed)
-    }
-
-    fn note(&self, version: Version) {
-        let http2 = version == Version::HTTP_2;
-        if self.over_http2() != http2 {
-            self.over_http2.store(http2, Ordering::Relaxed);
+        if !self.0.over_http2.load(Ordering::Relaxed) {
+            return self.0.connect().await;
+        }
+        // The others can use what the first of them makes.
+        let _turn = self.0.connecting.lock().await;
+        match self.0.free() {
+            Some(channel) => Ok(channel),
+            None => self.0.connect().await,
         }
     }
 
@@ -227,19 +216,93 @@ impl Upstream {
     /// [`SendError`]. Dropping the future drops the request.
     pub async fn send(
         &self,
+        mut channel: Channel,
         request: Request<UploadBody>,
         upload: &Upload,
-    ) -> Result<Response<Incoming>, SendError> {
-        let sending = self.client.request(request);
+    ) -> Result<Response<Download>, SendError> {
+        let outcome = match &mut channel {
+            Channel::Http1(sender) => {
+                self.0
+                    .wait(sender.try_send_request(request), upload)
+                    .await?
+            }
+            Channel::Http2(sender, _) => {
+                self.0
+                    .wait(sender.try_send_request(request), upload)
+                    .await?
+            }
+        };
+        let response = outcome.map_err(|mut error| match error.take_message() {
+            Some(_) => SendError::Unsent,
+            None => classify(error.error(), upload),
+        })?;
+        Ok(response.map(|body| Download::new(body, channel, &self.0)))
+    }
+}
+
+impl Shared {
+    fn free(&self) -> Option<Channel> {
+        let mut idle = lock(&self.idle);
+        while let Some(last) = idle.pop() {
+            if last.sender.is_ready() && last.since.elapsed() < IDLE {
+                return Some(Channel::Http1(last.sender));
+            }
+        }
+        drop(idle);
+        let mut multiplexed = lock(&self.multiplexed);
+        multiplexed.retain(|one| !one.sender.is_closed());
+        let one = multiplexed.iter().find(|one| {
+            let most = one.most.load(Ordering::Relaxed).clamp(1, MAX_STREAMS);
+            Arc::strong_count(&one.streams) <= most
+        })?;
+        Some(Channel::Http2(one.sender.clone(), Arc::clone(&one.streams)))
+    }
+
+    async fn connect(&self) -> Result<Channel, SendError> {
+        let connecting = self.connector.clone().call(self.origin.clone());
+        let stream = match tokio::time::timeout(self.connect_timeout, connecting).await {
+            Err(_) => return Err(SendError::ConnectTimeout),
+            Ok(Err(_)) => return Err(SendError::Connect),
+            Ok(Ok(stream)) => stream,
+        };
+        let http2 = self.protocol == Protocol::Http2 || stream.connected().is_negotiated_h2();
+        self.over_http2.store(http2, Ordering::Relaxed);
+        if http2 {
+            let made = self.http2.handshake(stream).await;
+            let (sender, mut connection) = made.map_err(|_| SendError::Connect)?;
+            let most = Arc::new(AtomicUsize::new(MAX_STREAMS));
+            let streams = Arc::new(());
+            lock(&self.multiplexed).push(Multiplexed {
+                sender: sender.clone(),
+                streams: Arc::clone(&streams),
+                most: Arc::clone(&most),
+            });
+            tokio::spawn(poll_fn(move |cx| {
+                let polled = Pin::new(&mut connection).poll(cx);
+                most.store(connection.current_max_send_streams(), Ordering::Relaxed);
+                polled
+            }));
+            Ok(Channel::Http2(sender, streams))
+        } else {
+            let made = self.http1.handshake(stream).await;
+            let (sender, connection) = made.map_err(|_| SendError::Connect)?;
+            tokio::spawn(connection);
+            Ok(Channel::Http1(sender))
+        }
+    }
+
+    /// Waits for an answer, but not for ever.
+    async fn wait<T>(
+        &self,
+        sending: impl Future<Output = T>,
+        upload: &Upload,
+    ) -> Result<T, SendError> {
         let mut sending = std::pin::pin!(sending);
         let mut deadline = Instant::now() + self.response_timeout;
         let mut patience = Patience::shared();
         poll_fn(|cx| {
             if let Poll::Ready(outcome) = sending.as_mut().poll(cx) {
-                if let Ok(response) = &outcome {
-                    self.note(response.version());
-                }
-                return Poll::Ready(outcome.map_err(|error| classify(&error, upload)));
+                return Poll::Ready(Ok(outcome));
             }
             loop {
                 ready!(patience.poll(deadline, cx));
@@ -255,106 +318,105 @@ impl Upstream {
         })
         .await
     }
+
+    fn keep(&self, sender: http1::SendRequest<UploadBody>) {
+        let mut idle = lock(&self.idle);
+        if idle.len() < MAX_IDLE {
+            idle.push(Idle {
+                sender,
+                since: Instant::now(),
+            });
+        }
+    }
 }
 
-fn classify(error: &hyper_util::client::legacy::Error, upload: &Upload) -> SendError {
+/// Closes connections that have not been used for long.
+async fn close_idle(shared: Weak<Shared>) {
+    loop {
+        tokio::time::sleep(IDLE / 2).await;
+        let Some(shared) = shared.upgrade() else {
+            return;
+        };
+        lock(&shared.idle).retain(|idle| !idle.sender.is_closed() && idle.since.elapsed() < IDLE);
+    }
+}
+
+fn classify(error: &hyper::Error, upload: &Upload) -> SendError {
     if let Some(fault) = upload.fault() {
         return SendError::Upload(fault);
     }
-    let mut source = error.source();
-    while let Some(inner) = source {
-        if let Some(io) = inner.downcast_ref::<std::io::Error>()
-            && io.kind() == std::io::ErrorKind::TimedOut
-            && error.is_connect()
-        {
-            return SendError::ConnectTimeout;
-        }
-        if let Some(http) = inner.downcast_ref::<hyper::Error>()
-            && http.is_parse()
-        {
-            return SendError::Garbage;
-        }
-        source = inner.source();
-    }
-    if error.is_connect() {
-        SendError::Connect
+    if error.is_parse() {
+        SendError::Garbage
     } else {
         SendError::Broke
     }
 }
 
-/// A connector whose every step together, name, TCP and TLS, has one bound.
-#[derive(Clone)]
-struct Bounded {
-    inner: HttpsConnector<HttpConnector>,
-    patience: Duration,
+/// The answer's body. Its connection is free for the next request at its end.
+pub struct Download {
+    body: Incoming,
+    /// What it came by, and where that goes then.
+    channel: Option<(Channel, Weak<Shared>)>,
 }
 
-type Stream = MaybeHttpsStream<TokioIo<TcpStream>>;
-type BoxError = Box<dyn Error + Send + Sync>;
-
-impl tower_service::Service<Uri> for Bounded {
-    type Response = Stream;
-    type Error = BoxError;
-    type Future = Pin<Box<dyn Future<Output = Result<Stream, BoxError>> + Send>>;
-
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
-        self.inner.poll_ready(cx)
+impl Download {
+    fn new(body: Incoming, channel: Channel, shared: &Arc<Shared>) -> Self {
+        let mut download = Self {
+            body,
+            channel: Some((channel, Arc::downgrade(shared))),
+        };
+        if download.body.is_end_stream() {
+            download.release();
+        }
+        download
     }
 
-    fn call(&mut self, uri: Uri) -> Self::Future {
-        let connecting = self.inner.call(uri);
-        let patience = self.patience;
-        Box::pin(async move {
-            let late =
-                |_| std::io::Error::new(std::io::ErrorKind::TimedOut, "connecting took too long");
-            tokio::time::timeout(patience, connecting)
-                .await
-                .map_err(late)?
-        })
+    fn release(&mut self) {
+        let Some((Channel::Http1(mut sender), shared)) = self.channel.take() else {
+            return;
+        };
+        if sender.is_ready() {
+            if let Some(shared) = shared.upgrade() {
+                shared.keep(sender);
+            }
+        } else if !sender.is_closed() {
+            // The request is still on its way, or the connection's task has not run yet.
+            tokio::spawn(async move {
+                let ready = tokio::time::timeout(IDLE, sender.ready()).await;
+                if let (Ok(Ok(())), Some(shared)) = (ready, shared.upgrade()) {
+                    shared.keep(sender);
+                }
+            });
+        }
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+impl Body for Download {
+    type Data = Bytes;
+    type Error = hyper::Error;
 
-    #[test]
-    fn a_target_keeps_every_byte_behind_the_base() {
-        let cases = [
-            (
-                "http://h",
-                "/a//b/../c%2F%zz?x=%20&y=[]{}|",
-                "http://h/a//b/../c%2F%zz?x=%20&y=[]{}|",
-            ),
-            ("https://h:8443/", "/v1/m", "https://h:8443/v1/m"),
-            ("http://h/api/", "/v1?q", "http://h/api/v1?q"),
-            ("http://h/api", "http://elsewhere/v1", "http://h/api/v1"),
-            ("http://[::1]:80", "/", "http://[::1]:80/"),
-        ];
-        for (base, asked, expected) in cases {
-            let base: Base = base.parse().unwrap();
-            let joined = base.join(&asked.parse().unwrap()).unwrap();
-            assert_eq!(joined.to_string(), expected);
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let this = self.get_mut();
+        let polled = Pin::new(&mut this.body).poll_frame(cx);
+        let over = match &polled {
+            Poll::Ready(None) => true,
+            Poll::Ready(Some(Ok(_))) => this.body.is_end_stream(),
+            _ => false,
+        };
+        if over {
+            this.release();
         }
-        let base: Base = "http://h".parse().unwrap();
-        assert_eq!(base.join(&"*".parse().unwrap()).unwrap().path(), "*");
+        polled
     }
 
-    #[test]
-    fn a_base_that_can_not_be_meant_is_refused() {
-        for bad in [
-            "",
-            "h",
-            "h:80",
-            "/v1",
-            "ftp://h",
-            "http://",
-            "http://u:p@h",
-            "http://h/?q=1",
-            "http://h/#f",
-        ] {
-            assert!(bad.parse::<Base>().is_err(), "{bad}");
-        }
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }

@@ -6,7 +6,8 @@ mod tls;
 
 pub use redis::{RedisSettings, RedisTarget};
 
-use crate::upstream::{Base, Protocol};
+use crate::base::Base;
+use crate::upstream::Protocol;
 use bytesize::ByteSize;
 use clap::{Parser, ValueEnum};
 use jiff::SignedDuration;
