@@ -10,10 +10,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Failures of the connection in a row after which an account is suspected.
 const FAILURES: u32 = 3;
-/// A refusal this soon after a good answer may be the request's fault, in ms.
-const WELL_FOR: u64 = 10 * 60 * 1000;
-/// Refusals in a row after which it is the account's fault in any case.
-const REFUSALS: u32 = 3;
 /// How often the cooldown doubles, and the most it grows to, in first cooldowns.
 const LONGEST: u32 = 10;
 /// For how long a key whose request two accounts refused is not believed, in ms:
@@ -100,9 +96,10 @@ impl Account {
     }
 
     /// Whether the request rather than the account may be at fault, when no
-    /// other account could take it: the account was well a moment ago.
-    pub fn may_be_innocent(&self, now: u64) -> bool {
-        self.well_since(now.saturating_sub(WELL_FOR)) && self.trouble().refused < REFUSALS
+    /// other account could take it: the account has been well before, and only
+    /// one key met refusals since.
+    pub fn may_be_innocent(&self) -> bool {
+        self.well_since(1) && !self.trouble().by_several
     }
 
     /// Whether the request rather than the account is at fault, when another
@@ -240,22 +237,17 @@ mod tests {
     }
 
     #[test]
-    fn one_bad_request_is_not_held_against_an_account_that_is_well() {
+    fn one_keys_bad_requests_are_not_held_against_an_account_that_was_well() {
         let account = Account::new("a");
-        assert!(!account.may_be_innocent(WELL_FOR), "it has never been well");
+        account.refused(1, 9);
+        assert!(!account.may_be_innocent(), "it has never been well");
         account.well(1000);
-        account.refused(1, 9);
-        assert!(account.may_be_innocent(2000));
-        account.refused(1, 9);
-        assert!(account.may_be_innocent(2000));
-        account.refused(1, 9);
-        assert!(!account.may_be_innocent(2000), "three in a row");
-        account.well(3000);
-        account.refused(1, 9);
-        assert!(
-            !account.may_be_innocent(3001 + WELL_FOR),
-            "that was long ago"
-        );
+        for now in 1001..1010 {
+            account.refused(1, now);
+            assert!(account.may_be_innocent());
+        }
+        account.refused(2, 1011);
+        assert!(!account.may_be_innocent(), "two keys say so");
     }
 
     #[test]

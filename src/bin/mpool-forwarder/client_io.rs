@@ -4,6 +4,7 @@
 
 use crate::answers::Code;
 use crate::config::Timeouts;
+use crate::metrics::Metrics;
 use crate::patience::Patience;
 use bytes::{Buf, Bytes};
 use futures_util::FutureExt;
@@ -145,11 +146,12 @@ pub struct ClientIo<S> {
     exchange: Arc<Exchange>,
     bounds: Bounds,
     is_http2: bool,
+    metrics: Arc<Metrics>,
     /// Requests that the state below has taken note of.
     noted: u64,
     /// All answers to them have gone out.
     clean: bool,
-    /// Whether a request was under way at the last look.
+    /// Whether a request has been under way since the connection was last idle.
     was_active: bool,
     idle_since: Instant,
     /// When a head began to come, since the connection is idle.
@@ -172,7 +174,13 @@ pub struct ClientIo<S> {
 }
 
 impl<S: Transport> ClientIo<S> {
-    pub fn new(inner: S, exchange: Arc<Exchange>, timeouts: &Timeouts) -> Self {
+    pub fn new(
+        inner: S,
+        is_http2: bool,
+        exchange: Arc<Exchange>,
+        timeouts: &Timeouts,
+        metrics: &Arc<Metrics>,
+    ) -> Self {
         let now = Instant::now();
         let bounds = Bounds {
             header: timeouts.header,
@@ -183,7 +191,8 @@ impl<S: Transport> ClientIo<S> {
             inner,
             exchange,
             bounds,
-            is_http2: false,
+            is_http2,
+            metrics: Arc::clone(metrics),
             noted: 0,
             clean: true,
             was_active: false,
@@ -221,11 +230,11 @@ impl<S: Transport> ClientIo<S> {
     /// a head.
     fn poll_silence(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
         if !self.is_idle() {
+            // Nobody else wakes this when the answer is out.
+            let _ = self
+                .patience
+                .poll(Instant::now() + self.bounds.keepalive, cx);
             return Poll::Pending;
-        }
-        if self.was_active {
-            self.was_active = false;
-            self.idle_since = Instant::now();
         }
         match self.head_since {
             Some(since) => self
@@ -237,6 +246,11 @@ impl<S: Transport> ClientIo<S> {
                 .poll(self.idle_since + self.bounds.keepalive, cx)
                 .map(|()| false),
         }
+    }
+
+    fn answer(&mut self, code: Code) {
+        self.metrics.turned_away(code);
+        self.own = Some(code.bytes());
     }
 
     fn poll_own(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -273,7 +287,7 @@ impl<S: Transport> ClientIo<S> {
         let status = std::str::from_utf8(status)
             .ok()
             .and_then(|status| status.parse().ok());
-        self.own = Some(Code::of_status(status.unwrap_or(400)).bytes());
+        self.answer(Code::of_status(status.unwrap_or(400)));
         true
     }
 
@@ -360,7 +374,6 @@ impl<S: Transport> AsyncRead for ClientIo<S> {
                     .store(length, Ordering::Relaxed);
             }
             if !came.is_empty() && this.head_since.is_none() && this.is_idle() {
-                this.is_http2 |= this.noted == 0 && came.starts_with(b"PRI ");
                 // In HTTP/2 what comes between requests need not be a head.
                 this.head_since = (!this.is_http2).then(Instant::now);
             }
@@ -371,7 +384,7 @@ impl<S: Transport> AsyncRead for ClientIo<S> {
         let in_a_head = ready!(this.poll_silence(cx));
         this.expired = true;
         if in_a_head {
-            this.own = Some(Code::RequestTimeout.bytes());
+            this.answer(Code::RequestTimeout);
             // It is small; a client that does not even take this gets nothing.
             let _ = this.poll_own(cx);
         }
@@ -424,6 +437,10 @@ impl<S: Transport> AsyncWrite for ClientIo<S> {
         // The library flushes when it has written all it had, and each time it
         // has nothing to do.
         this.clean = this.is_idle();
+        if this.clean && this.was_active {
+            this.was_active = false;
+            this.idle_since = Instant::now();
+        }
         if !this.clean && !this.reading && this.poll_gone(cx).is_ready() {
             return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
         }

@@ -127,15 +127,14 @@ impl<S: Fn(Event) + Send + Sync + 'static> Keeper<S> {
                 Ok(Ok(stream)) => {
                     (self.said)(Event::Up);
                     told = false;
-                    let since = Instant::now();
-                    let over = self.converse(stream).await;
+                    let (over, answered) = self.converse(stream).await;
                     (self.said)(Event::Lost);
                     self.lost_at = Instant::now();
                     if matches!(over, Over::Closed) {
                         return;
                     }
                     // A server that takes connections and drops them is not to be hammered.
-                    if since.elapsed() > Duration::from_secs(1) {
+                    if answered {
                         pause = PAUSE.0;
                         continue;
                     }
@@ -188,14 +187,15 @@ impl<S: Fn(Event) + Send + Sync + 'static> Keeper<S> {
         }
     }
 
-    /// Asks and answers until the connection breaks.
-    async fn converse(&mut self, stream: Stream) -> Over {
+    /// Asks and answers until the connection breaks. Says whether it was of any use.
+    async fn converse(&mut self, stream: Stream) -> (Over, bool) {
         let mut talk = Talk {
             stream,
             out: BytesMut::new(),
             came: BytesMut::with_capacity(16 << 10),
             asked: VecDeque::new(),
             patience: Patience::new(),
+            answered: false,
         };
         let asked_before: Vec<Question> = self.pending.drain(..).collect();
         for question in asked_before {
@@ -216,10 +216,11 @@ impl<S: Fn(Event) + Send + Sync + 'static> Keeper<S> {
             };
             let _ = question.answer.send(Err(failure));
         }
-        match over {
+        let over = match over {
             End::Closed => Over::Closed,
             _ => Over::Lost,
-        }
+        };
+        (over, talk.answered)
     }
 }
 
@@ -245,6 +246,7 @@ struct Talk {
     came: BytesMut,
     asked: VecDeque<(Question, Instant)>,
     patience: Patience,
+    answered: bool,
 }
 
 impl Talk {
@@ -311,6 +313,7 @@ impl Talk {
                 // What nobody asked for can't be matched with a question.
                 let (question, _) = self.asked.pop_front().ok_or(End::Broke)?;
                 let _ = question.answer.send(Ok(reply));
+                self.answered |= !demoted;
                 if demoted {
                     return Err(End::NotPrimary);
                 }

@@ -137,7 +137,21 @@ impl<'a> MakeWriter<'a> for Sink {
     }
 }
 
-fn write_out(shared: &Shared) {
+fn lost_line(lost: u64, format: LogFormat) -> String {
+    let text = format!("{lost} log lines were left out: nobody reads them fast enough");
+    let mut now = String::new();
+    let _ = Clock::write(&mut now);
+    match format {
+        LogFormat::Text => format!("[{now}] WARNING {text}\n"),
+        LogFormat::Json => {
+            format!(
+                "{{\"timestamp\":\"{now}\",\"level\":\"WARN\",\"event\":\"lost\",\"message\":\"{text}\"}}\n"
+            )
+        }
+    }
+}
+
+fn write_out(shared: &Shared, format: LogFormat) {
     let mut out = io::stdout();
     let mut spare = Vec::new();
     loop {
@@ -153,10 +167,7 @@ fn write_out(shared: &Shared) {
         let lost = std::mem::take(&mut backlog.lost);
         drop(backlog);
         if lost > 0 {
-            let _ = writeln!(
-                spare,
-                "{lost} log lines were left out: nobody reads them fast enough"
-            );
+            spare.extend_from_slice(lost_line(lost, format).as_bytes());
         }
         // Nobody to write to is no reason to stop serving.
         let _ = out.write_all(&spare).and_then(|()| out.flush());
@@ -184,7 +195,7 @@ impl Log {
         let writer = Arc::clone(&shared);
         thread::Builder::new()
             .name("log".into())
-            .spawn(move || write_out(&writer))?;
+            .spawn(move || write_out(&writer, format))?;
         let level = match level {
             LogLevel::Error => Level::ERROR,
             LogLevel::Warn => Level::WARN,

@@ -68,9 +68,9 @@ fn main() -> ExitCode {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let config = match Config::read(std::env::args_os()) {
         Ok(config) => config,
-        Err(Stop::Usage(usage)) => {
-            let _ = usage.print();
-            return ExitCode::from(u8::try_from(usage.exit_code()).unwrap_or(MISTAKE));
+        Err(Stop::Shown(text)) => {
+            print!("{text}");
+            return ExitCode::SUCCESS;
         }
         Err(Stop::Mistake(what)) => {
             eprintln!("mpool-forwarder: {what}\nSee mpool-forwarder --help.");

@@ -151,6 +151,15 @@ impl Metrics {
         }
     }
 
+    /// An answer to what never became a request.
+    pub fn turned_away(&self, code: Code) {
+        let label = Answered {
+            status: code.status(),
+            code: Word(code.name()),
+        };
+        self.requests.get_or_create(&label).inc();
+    }
+
     pub fn upstream_error(&self, account: &str, error: &str) {
         let label = AccountError {
             account: account.into(),

@@ -200,7 +200,7 @@ impl Proxy {
         };
         order.extensions.remove::<hyper::upgrade::OnUpgrade>();
         report.upload(&order.upload);
-        match self.exchange(&mut order, grant, &mut report).await {
+        match self.exchange(&order, grant, &mut report).await {
             Ok(response) => self.relay(response, &order, report, active),
             Err(own) => answer(own, report, active),
         }
@@ -226,7 +226,7 @@ impl Proxy {
     /// refused, and once more where the connection to the upstream was of no use.
     async fn exchange(
         &self,
-        order: &mut Order,
+        order: &Order,
         mut grant: Grant,
         report: &mut Report,
     ) -> Result<Response<Download>, Own> {
@@ -302,11 +302,7 @@ impl Proxy {
         }
     }
 
-    async fn send(
-        &self,
-        order: &mut Order,
-        grant: &Grant,
-    ) -> Result<Response<Download>, SendError> {
+    async fn send(&self, order: &Order, grant: &Grant) -> Result<Response<Download>, SendError> {
         // A connection that was closed while it was idle is found out on use.
         for _ in 0..MOST_UNSENT {
             let channel = self.upstream.channel().await?;
@@ -322,7 +318,7 @@ impl Proxy {
     /// The request as the upstream gets it.
     fn request(
         &self,
-        order: &mut Order,
+        order: &Order,
         grant: &Grant,
         http2: bool,
     ) -> Result<Request<UploadBody>, SendError> {
@@ -333,8 +329,8 @@ impl Proxy {
             .join(&order.target, http2)
             .ok_or(SendError::Target)?;
         *request.headers_mut() = order.headers.clone();
-        // The case of the headers' names: sent again, they go in lower case.
-        *request.extensions_mut() = std::mem::take(&mut order.extensions);
+        // They hold the case of the headers' names.
+        *request.extensions_mut() = order.extensions.clone();
         let headers = request.headers_mut();
         if http2 {
             headers::for_http2(headers, order.takes_trailers);
@@ -386,7 +382,8 @@ impl Proxy {
                 Replacement::Grant(grant, true)
             }
             Ok(_) => Replacement::Innocent,
-            Err(_) if account.may_be_innocent(now) => {
+            Err(_) if account.may_be_innocent() => {
+                self.lender.accounts.suspect(order.who, now + DOUBT, now);
                 self.put_back(account).await;
                 Replacement::Innocent
             }

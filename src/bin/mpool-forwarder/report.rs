@@ -132,7 +132,10 @@ impl Drop for Report {
 
 impl Report {
     fn log(&self) {
-        let method = self.method.as_str();
+        // None is longer; what is may be anything.
+        let method = Some(self.method.as_str())
+            .filter(|name| name.len() <= 16)
+            .unwrap_or("?");
         let path = Path {
             path: &self.path,
             key: self.key.as_deref(),
@@ -289,12 +292,45 @@ impl fmt::Display for Path<'_> {
                 written += 6;
                 continue;
             }
+            // So is whatever is as long as one.
+            let long = token_length(rest);
+            if long >= KEY_LIKE {
+                f.write_str(rest.get(..4).unwrap_or_default())?;
+                f.write_str("...")?;
+                rest = rest.get(long..).unwrap_or_default();
+                written += 7;
+                continue;
+            }
             write!(f, "{}", next.escape_default())?;
             written += 1;
             rest = rest.get(next.len_utf8()..).unwrap_or_default();
         }
         Ok(())
     }
+}
+
+/// As long as nothing but a key or a digest is.
+const KEY_LIKE: usize = 40;
+
+/// How many bytes the text begins with that may be part of a key, escaped or not.
+fn token_length(text: &str) -> usize {
+    let bytes = text.as_bytes();
+    let mut at = 0;
+    while let Some(byte) = bytes.get(at) {
+        at += match byte {
+            b'%' if matches!(
+                bytes.get(at + 1..at + 3),
+                Some(b"2D" | b"2d" | b"5F" | b"5f")
+            ) =>
+            {
+                3
+            }
+            b'-' | b'_' => 1,
+            byte if byte.is_ascii_alphanumeric() => 1,
+            _ => break,
+        };
+    }
+    at
 }
 
 #[cfg(test)]
@@ -327,5 +363,12 @@ mod tests {
         assert_eq!(shown("/a\u{9}b"), "/a\\tb");
         assert_eq!(shown("/ü"), "/\\u{fc}");
         assert!(shown(&"/x".repeat(5000)).len() < 600);
+        let digits = "0123456789abcdef".repeat(4);
+        assert_eq!(shown(&format!("/a/{digits}/b")), "/a/0123.../b");
+        assert_eq!(shown(&format!("/a/sk%2Dcli%2Dv1%2D{digits}")), "/a/sk%2...");
+        assert_eq!(
+            shown("/v1/files/0b1f1c5e-7c1d-4c7e-9a57-3f6d3c1f2a11"),
+            "/v1/files/0b1f1c5e-7c1d-4c7e-9a57-3f6d3c1f2a11"
+        );
     }
 }

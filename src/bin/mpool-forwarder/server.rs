@@ -13,9 +13,9 @@ use crate::upload::{Budget, Rules};
 use crate::upstream::Upstream;
 use hyper::Request;
 use hyper::body::Incoming;
+use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::conn::auto;
 use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use std::convert::Infallible;
 use std::io;
@@ -187,6 +187,7 @@ impl Workers {
                 .map(|worker| worker.open.load(Ordering::Relaxed))
                 .sum();
             if open >= limit {
+                self.shared.metrics.turned_away(Code::Connections);
                 if self.shared.config.tls.is_none() && told.load(Ordering::Relaxed) < MAX_TOLD {
                     tokio::spawn(turn_away(stream, Place::take(&told, &self.shared.metrics)));
                 }
@@ -202,9 +203,13 @@ impl Workers {
 
     /// No connection comes any more: waits until the requests under way are done.
     pub async fn drain(self) {
-        for worker in self.workers {
-            drop(worker.connections);
-            let _ = worker.finished.await;
+        let ends: Vec<_> = self
+            .workers
+            .into_iter()
+            .map(|worker| worker.finished)
+            .collect();
+        for finished in ends {
+            let _ = finished.await;
         }
     }
 }
@@ -254,7 +259,7 @@ async fn work(
         began: shared.began,
         complained_at: AtomicU64::new(0),
     });
-    let http = http(config.limits.header);
+    let http = Http::new(config.limits.header);
     let graceful = GracefulShutdown::new();
     while let Some((stream, place)) = waiting.recv().await {
         let Ok(stream) = TcpStream::from_std(stream) else {
@@ -270,14 +275,9 @@ async fn work(
         let tls = tls.clone();
         tokio::spawn(async move {
             match tls {
-                None => Box::pin(serving.connection(stream)).await,
-                Some(tls) => {
-                    let handshake =
-                        tokio::time::timeout(serving.timeouts.header, tls.accept(stream));
-                    if let Ok(Ok(stream)) = handshake.await {
-                        Box::pin(serving.connection(stream)).await;
-                    }
-                }
+                // Boxed, as the two would take the room of the larger one.
+                None => Box::pin(serving.plain(stream)).await,
+                Some(tls) => Box::pin(serving.secured(tls, stream)).await,
             }
         });
     }
@@ -285,56 +285,105 @@ async fn work(
 }
 
 /// How HTTP is spoken with clients.
-fn http(max_header: usize) -> auto::Builder<TokioExecutor> {
-    let mut builder = auto::Builder::new(TokioExecutor::new());
-    builder
-        .http1()
-        .timer(TokioTimer::new())
-        // ClientIo has its own, which tells an idle client from a slow one.
-        .header_read_timeout(None)
-        .auto_date_header(false)
-        .preserve_header_case(true)
-        .max_headers(256)
-        .max_buf_size(max_header.max(8192));
-    builder
-        .http2()
-        .timer(TokioTimer::new())
-        .auto_date_header(false)
-        .max_concurrent_streams(MAX_STREAMS)
-        // A stream that nobody takes from is not to hold up the others.
-        .initial_stream_window_size(256 << 10)
-        .initial_connection_window_size(4 << 20)
-        .max_send_buf_size(128 << 10)
-        // What is between this and the limit gets a full answer.
-        .max_header_list_size(u32::try_from(max_header.saturating_mul(2)).unwrap_or(u32::MAX))
-        .keep_alive_interval(Duration::from_secs(30));
-    builder
+#[derive(Clone)]
+struct Http {
+    one: http1::Builder,
+    two: http2::Builder<TokioExecutor>,
+}
+
+impl Http {
+    fn new(max_header: usize) -> Self {
+        let mut one = http1::Builder::new();
+        one.timer(TokioTimer::new())
+            // ClientIo has its own, which tells an idle client from a slow one.
+            .header_read_timeout(None)
+            .auto_date_header(false)
+            .preserve_header_case(true)
+            .max_headers(256)
+            .max_buf_size(max_header.max(8192));
+        let mut two = http2::Builder::new(TokioExecutor::new());
+        two.timer(TokioTimer::new())
+            .auto_date_header(false)
+            .max_concurrent_streams(MAX_STREAMS)
+            // A stream that nobody takes from is not to hold up the others.
+            .initial_stream_window_size(256 << 10)
+            .initial_connection_window_size(4 << 20)
+            .max_send_buf_size(128 << 10)
+            // What is between this and the limit gets a full answer.
+            .max_header_list_size(u32::try_from(max_header.saturating_mul(2)).unwrap_or(u32::MAX))
+            .keep_alive_interval(Duration::from_secs(30));
+        Self { one, two }
+    }
 }
 
 /// One connection's share of everything.
 struct Serving {
     proxy: Arc<Proxy>,
-    http: auto::Builder<TokioExecutor>,
+    http: Http,
     timeouts: Timeouts,
     watcher: Watcher,
     _place: Place,
 }
 
 impl Serving {
-    async fn connection<S>(self, stream: S)
-    where
-        S: Transport + Send + 'static,
-    {
+    async fn plain(self, stream: TcpStream) {
+        let looking = begins_http2(&stream);
+        if let Ok(Ok(http2)) = tokio::time::timeout(self.timeouts.keepalive, looking).await {
+            self.connection(stream, http2).await;
+        }
+    }
+
+    async fn secured(self, tls: TlsAcceptor, stream: TcpStream) {
+        let handshake = tokio::time::timeout(self.timeouts.header, tls.accept(stream));
+        if let Ok(Ok(stream)) = handshake.await {
+            let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+            self.connection(stream, http2).await;
+        }
+    }
+
+    async fn connection<S: Transport + Send + 'static>(self, stream: S, http2: bool) {
         let exchange = Arc::new(Exchange::default());
-        let io = TokioIo::new(ClientIo::new(stream, Arc::clone(&exchange), &self.timeouts));
+        let client = ClientIo::new(
+            stream,
+            http2,
+            Arc::clone(&exchange),
+            &self.timeouts,
+            &self.proxy.metrics,
+        );
+        let io = TokioIo::new(client);
         let proxy = self.proxy;
         let service = service_fn(move |request: Request<Incoming>| {
             let (proxy, exchange) = (Arc::clone(&proxy), Arc::clone(&exchange));
             // It is large, and gone once the answer has begun.
             Box::pin(async move { Ok::<_, Infallible>(proxy.serve(request, &exchange).await) })
         });
-        let connection = self.http.serve_connection(io, service).into_owned();
-        // Whatever ends it has been reported request by request.
-        let _ = self.watcher.watch(connection).await;
+        // Whatever ends a connection has been reported request by request.
+        if http2 {
+            let _ = self
+                .watcher
+                .watch(self.http.two.serve_connection(io, service))
+                .await;
+        } else {
+            let _ = self
+                .watcher
+                .watch(self.http.one.serve_connection(io, service))
+                .await;
+        }
     }
+}
+
+/// Looks at the first bytes and leaves them there.
+async fn begins_http2(stream: &TcpStream) -> io::Result<bool> {
+    const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+    let mut begin = [0; PREFACE.len()];
+    // A preface comes in one piece, as good as always.
+    for _ in 0..50 {
+        let length = stream.peek(&mut begin).await?;
+        let came = begin.get(..length).unwrap_or_default();
+        if length == 0 || came.len() == PREFACE.len() || !PREFACE.starts_with(came) {
+            return Ok(came == PREFACE);
+        }
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    Ok(false)
 }

@@ -9,9 +9,12 @@ pub use redis::{RedisSettings, RedisTarget};
 use crate::base::Base;
 use crate::upstream::Protocol;
 use bytesize::ByteSize;
-use clap::{Parser, ValueEnum};
+use clap::builder::Resettable;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::{CommandFactory, FromArgMatches, Parser, ValueEnum};
 use jiff::SignedDuration;
 use redis::Beside;
+use std::error::Error;
 use std::ffi::OsString;
 use std::fs;
 use std::net::SocketAddr;
@@ -69,7 +72,6 @@ struct Flags {
         long,
         env = "MPOOL_REDIS",
         default_value = "redis://127.0.0.1:6380",
-        hide_env_values = true,
         value_name = "URL"
     )]
     redis: String,
@@ -257,7 +259,8 @@ pub struct Config {
 
 /// What ends the program before it has begun: help and version included.
 pub enum Stop {
-    Usage(Box<clap::Error>),
+    /// Help or version, to be shown.
+    Shown(String),
     Mistake(String),
 }
 
@@ -267,9 +270,50 @@ impl Config {
     /// # Errors
     /// What is wrong, in words for the operator. Secrets are never repeated.
     pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Self, Stop> {
-        let flags = Flags::try_parse_from(args).map_err(|error| Stop::Usage(Box::new(error)))?;
+        let command = Flags::command().mut_args(|arg| {
+            // An empty variable is one that is not set.
+            let value = arg.get_env().and_then(std::env::var_os);
+            let empty = value.is_some_and(|value| value.is_empty());
+            let arg = arg.hide_env_values(true);
+            if empty {
+                arg.env(Resettable::Reset)
+            } else {
+                arg
+            }
+        });
+        let flags = command
+            .try_get_matches_from(args)
+            .and_then(|matches| Flags::from_arg_matches(&matches))
+            .map_err(|error| usage(&error))?;
         check(flags).map_err(Stop::Mistake)
     }
+}
+
+/// What clap has to say, without the value that was wrong: it may be a secret in
+/// the wrong place.
+fn usage(error: &clap::Error) -> Stop {
+    if !error.use_stderr() {
+        return Stop::Shown(error.to_string());
+    }
+    let flag = match error.get(ContextKind::InvalidArg) {
+        Some(ContextValue::String(flag)) => Some(flag.clone()),
+        Some(ContextValue::Strings(flags)) => Some(flags.join(", ")),
+        _ => None,
+    };
+    let is_name = |flag: &String| flag.len() <= 80 && !flag.contains([':', '@']);
+    let flag = flag.filter(is_name).unwrap_or_else(|| "an argument".into());
+    let valid = match error.get(ContextKind::ValidValue) {
+        Some(ContextValue::Strings(values)) => format!(": one of {}", values.join(", ")),
+        _ => error
+            .source()
+            .map_or_else(String::new, |why| format!(": {why}")),
+    };
+    Stop::Mistake(match error.kind() {
+        ErrorKind::UnknownArgument => format!("{flag} is not known here"),
+        ErrorKind::MissingRequiredArgument => format!("{flag} is missing"),
+        ErrorKind::ArgumentConflict => format!("{flag} is given twice"),
+        _ => format!("{flag} has a value that can't be used{valid}"),
+    })
 }
 
 fn check(flags: Flags) -> Result<Config, String> {
