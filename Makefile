@@ -16,10 +16,10 @@ SCRIPTS = $(wildcard shell/*.sh scripts/* .ci/run examples/*.sh)
 help: ## lists these targets
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1	\2/p' Makefile | expand -t 20
 
-run: ## starts Redis with mpool on port 6380 (PORT=… for another) and says what to type next
+run: ## starts Redis (PORT=6380) and a forwarder (FORWARDER_PORT=8080) in front of UPSTREAM=… or a demo
 	@scripts/run
 
-stop: ## stops the Redis that `make run` started
+stop: ## stops what `make run` started
 	@scripts/stop
 
 test: deps-test lint build ## everything: formatting, lints, scripts, unit, property and integration tests
@@ -31,17 +31,17 @@ lint: ## rustfmt, clippy and shellcheck
 	shellcheck -x $(SCRIPTS)
 
 unit: ## the tests that need no Redis
-	cargo test --lib
+	cargo test --lib --bins
 
-integration: build ## the tests that start their own Redis servers
+integration: build ## the tests that start their own servers
 	cargo test --test '*'
 
 bench: deps-bench ## the benchmarks, with an optimised module
 	cargo build --release
 	cargo bench
 
-build: ## the module, for the tests
-	cargo build
+build: ## the module, the forwarder and the demo upstream, for the tests
+	cargo build --lib --bins --examples
 
 clean: ## removes what was built; data/ and account/ stay
 	cargo clean

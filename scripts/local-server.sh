@@ -14,10 +14,10 @@ MPOOL_REDIS_HOST=127.0.0.1
 # shellcheck source-path=SCRIPTDIR source=../shell/lib.sh
 source "$root/shell/lib.sh"
 
-# started_pid: the process that the pidfile names, if it lives; otherwise it fails.
+# started_pid FILE: the process that the pidfile names, if it lives; otherwise it fails.
 started_pid() {
   local pid
-  [[ -f $pidfile ]] && read -r pid <"$pidfile" && [[ $pid =~ ^[0-9]+$ ]] && kill -0 "$pid" 2>/dev/null || return 1
+  [[ -f $1 ]] && read -r pid <"$1" && [[ $pid =~ ^[0-9]+$ ]] && kill -0 "$pid" 2>/dev/null || return 1
   printf '%s' "$pid"
 }
 
@@ -26,7 +26,7 @@ started_pid() {
 # number alone may belong to another Redis by now.
 is_ours() {
   local pid line
-  pid=$(started_pid) || return 1
+  pid=$(started_pid "$pidfile") || return 1
   redis_try INFO server
   [[ $outcome == ok ]] || return 1
   local answered=''

@@ -36,6 +36,8 @@ Options:
   -n NAME   a label, to tell keys apart
   -q        print the key alone
   -h        this help
+
+MPOOL_FORWARDER_URL (http://127.0.0.1:8080) is where the printed curl finds the forwarder.
 HELP
   mpool_help_common
 }
@@ -120,6 +122,9 @@ keygen_main() {
     "$key" "$tier" "$account" "$days" "$day_word" "$until"
   if [[ -n $label ]]; then printf 'label    %s\n' "${label//[[:cntrl:]]/?}"; fi
   printf '\nLease its account:\n  %s MPOOL.ACQUIRE %s '\''*'\''\n' "$(cli_as_typed)" "$key"
+  local forwarder=${MPOOL_FORWARDER_URL:-http://127.0.0.1:8080}
+  printf '\nOr send a request with it through the forwarder:\n  curl %q -H '\''x-api-key: %s'\''\n' \
+    "${forwarder%/}/v1/models" "$key"
   if [[ -n $pooled ]]; then pool_note; fi
 }
 

@@ -1,19 +1,18 @@
 //! The guide comes true: each line of docs/GUIDE.zh.md that is no heading is
-//! listed below with the tests that prove it, its commands are run as typed,
-//! and its 24 hours pass as numbers.
+//! listed below with the tests that prove it, its commands are run as typed, its
+//! 24 hours pass as numbers, and what it says of requests, answers and logs is
+//! looked for in the forwarder's.
 
+mod proxy;
 mod support;
 mod typed;
 
+use proxy::{Forwarder, Upstream};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::time::{SystemTime, UNIX_EPOCH};
 use support::{Client, DAY, Lease, Options, Server, bearer, text, wait_for};
 use typed::{Terminal, key_in, text_of};
-
-/// In the place of a test: what the guide says here of logs and HTTP answers is
-/// the forwarder's to say. The tests beside it prove what the module gives it
-/// to say it with.
-const FORWARDER: &str = "forwarder";
 
 /// The guide's lines, in its order, and what proves each.
 const LINES: &[(&str, &[&str])] = &[
@@ -127,7 +126,7 @@ const LINES: &[(&str, &[&str])] = &[
     (
         "- 所有账户满载时返回503错误",
         &[
-            FORWARDER,
+            "a_request_to_a_full_pool_is_answered_503_with_the_time_of_the_next_slot",
             "a_full_pool_is_refused_with_the_time_of_the_next_slot",
         ],
     ),
@@ -141,7 +140,10 @@ const LINES: &[(&str, &[&str])] = &[
     ),
     (
         "- 透明切换，客户端无感知",
-        &["a_deleted_account_file_gives_up_its_slots_and_its_holders_move_on"],
+        &[
+            "clients_notice_nothing_of_an_account_whose_file_is_deleted",
+            "clients_notice_nothing_of_a_token_that_the_upstream_refuses",
+        ],
     ),
     // 配置账户池
     (
@@ -173,6 +175,7 @@ const LINES: &[(&str, &[&str])] = &[
         &[
             "a_deleted_account_file_gives_up_its_slots_and_its_holders_move_on",
             "a_troubled_account_is_replaced_by_another",
+            "clients_notice_nothing_of_a_token_that_the_upstream_refuses",
         ],
     ),
     (
@@ -186,31 +189,31 @@ const LINES: &[(&str, &[&str])] = &[
     // 监控日志
     (
         "账户池使用情况会记录在日志中：",
-        &[FORWARDER, "a_lease_says_all_that_the_log_lines_are_made_of"],
+        &["the_log_has_these_lines_for_a_first_choice_a_rotation_and_a_current_account"],
     ),
     (
         "# 首次选择或轮换账户时",
-        &[FORWARDER, "a_lease_says_all_that_the_log_lines_are_made_of"],
+        &["the_log_has_these_lines_for_a_first_choice_a_rotation_and_a_current_account"],
     ),
     (
         "[2025-08-14T14:00:00.000Z] 🔄 Pool: Rotated to account: account-name (will rotate in 24 hours)",
-        &[FORWARDER, "a_lease_says_all_that_the_log_lines_are_made_of"],
+        &["the_log_has_these_lines_for_a_first_choice_a_rotation_and_a_current_account"],
     ),
     (
         "[2025-08-14T14:00:00.100Z] 📝 Previous account was: previous-account",
-        &[FORWARDER, "a_lease_says_all_that_the_log_lines_are_made_of"],
+        &["the_log_has_these_lines_for_a_first_choice_a_rotation_and_a_current_account"],
     ),
     (
         "# 继续使用当前账户时",
-        &[FORWARDER, "a_lease_says_all_that_the_log_lines_are_made_of"],
+        &["the_log_has_these_lines_for_a_first_choice_a_rotation_and_a_current_account"],
     ),
     (
         "[2025-08-14T15:00:00.000Z] 📌 Pool: Using current account: account-name (23 hours until rotation)",
-        &[FORWARDER, "a_lease_says_all_that_the_log_lines_are_made_of"],
+        &["the_log_has_these_lines_for_a_first_choice_a_rotation_and_a_current_account"],
     ),
     (
         "[2025-08-14T15:00:00.100Z] ✅ Successfully obtained token from pool account: account-name",
-        &[FORWARDER, "a_lease_says_all_that_the_log_lines_are_made_of"],
+        &["the_log_has_these_lines_for_a_first_choice_a_rotation_and_a_current_account"],
     ),
     // 查看账户池状态
     (
@@ -303,7 +306,11 @@ const LINES: &[(&str, &[&str])] = &[
     ),
     (
         "使用账户池，即使某个账户token过期或出现问题，其他账户仍可正常服务。",
-        &["a_troubled_account_is_replaced_by_another"],
+        &[
+            "a_troubled_account_is_replaced_by_another",
+            "clients_notice_nothing_of_a_token_that_the_upstream_refuses",
+            "clients_notice_nothing_of_a_token_that_expires",
+        ],
     ),
 ];
 
@@ -366,12 +373,8 @@ fn every_line_of_the_guide_has_its_proof() {
     }
     let tests = test_functions();
     for (line, proofs) in LINES {
-        let own: Vec<&&str> = proofs.iter().filter(|proof| **proof != FORWARDER).collect();
-        assert!(
-            !own.is_empty(),
-            "nothing proves the module's part of: {line}"
-        );
-        for proof in own {
+        assert!(!proofs.is_empty(), "nothing proves: {line}");
+        for proof in *proofs {
             assert!(
                 tests.contains(*proof),
                 "there is no test {proof}, which is to prove: {line}"
@@ -837,35 +840,198 @@ fn keys_of_a_tier_share_the_accounts_of_its_folder() {
     );
 }
 
+/// A pool and the forwarder between it and an upstream that answers each request
+/// with the token that it came with, or with 401 for those that it refuses.
+struct Service {
+    // Dropped in this order: the forwarder goes first.
+    forwarder: Forwarder,
+    _upstream: Upstream,
+    server: Server,
+    client: Client,
+}
+
+fn service(accounts: &[&str], refused: &'static [&'static str]) -> Service {
+    let (server, client) = pool_of(accounts);
+    let upstream = Upstream::refusing(refused);
+    Service {
+        forwarder: Forwarder::between(&server, &upstream).start(),
+        _upstream: upstream,
+        server,
+        client,
+    }
+}
+
+impl Service {
+    /// The token that a request got, which must be answered well.
+    #[track_caller]
+    fn ask(&self, key: &str) -> String {
+        let answer = self.forwarder.client().get("/v1/models", key);
+        assert_eq!(answer.status(), 200, "{}", answer.text());
+        answer.text()
+    }
+
+    /// The account whose token a request got.
+    #[track_caller]
+    fn account_of(&self, key: &str) -> String {
+        let token = self.ask(key);
+        token.strip_prefix("token-of-").unwrap().to_owned()
+    }
+
+    /// Asks again and again while `change` goes on and until the answers come with
+    /// the other token; none of them may be anything but good.
+    fn ask_while(&self, key: &str, other: &str, change: impl FnOnce()) {
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    let mut client = self.forwarder.client();
+                    wait_for("the move", || {
+                        let answer = client.get("/v1/models", key);
+                        assert_eq!(answer.status(), 200, "{}", answer.text());
+                        (answer.text() == other).then_some(())
+                    });
+                });
+            }
+            change();
+        });
+    }
+}
+
+fn now() -> i64 {
+    let elapsed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    elapsed.as_millis().try_into().unwrap()
+}
+
 #[test]
-fn a_lease_says_all_that_the_log_lines_are_made_of() {
-    let (_server, mut client) = pool_of(&["account-name", "previous-account"]);
-    let key = client.pool_key();
-    let first = client.acquire(&key, START - DAY);
-    assert_eq!((first.state.as_str(), first.previous), ("assigned", None));
-    // Rotated to account: … (will rotate in 24 hours); Previous account was: …
-    let rotated = client.acquire(&key, START);
-    assert_eq!(rotated.state, "rotated");
-    assert_eq!(rotated.next, Some(START + 24 * HOUR));
-    assert_eq!(rotated.previous, Some(first.account));
-    // Using current account: … (23 hours until rotation)
-    let current = client.acquire(&key, START + HOUR);
-    assert_eq!(
-        (current.state.as_str(), &current.account),
-        ("current", &rotated.account)
+fn a_request_to_a_full_pool_is_answered_503_with_the_time_of_the_next_slot() {
+    let mut service = service(&["one"], &[]);
+    let keys: Vec<String> = (0..3).map(|_| service.client.pool_key()).collect();
+    assert_eq!(service.account_of(&keys[0]), "one");
+    assert_eq!(service.account_of(&keys[1]), "one");
+    let answer = service.forwarder.client().get("/v1/models", &keys[2]);
+    assert_eq!((answer.status(), answer.code()), (503, Some("POOLFULL")));
+    let seconds: i64 = answer.header("retry-after").unwrap().parse().unwrap();
+    assert!(
+        (DAY / 1000 - 60..=DAY / 1000).contains(&seconds),
+        "{seconds}"
     );
-    assert_eq!(current.next, Some(START + HOUR + 23 * HOUR));
-    // Successfully obtained token from pool account: …
-    let lease = client.map(&[
-        "MPOOL.ACQUIRE",
-        &key,
-        &(START + HOUR).to_string(),
-        "WITHTOKEN",
-    ]);
-    assert_eq!(
-        text(&lease["token"]),
-        format!("token-of-{}", rotated.account)
-    );
+}
+
+#[test]
+fn the_log_has_these_lines_for_a_first_choice_a_rotation_and_a_current_account() {
+    let mut service = service(&["account-name", "previous-account"], &[]);
+    let key = service.client.pool_key();
+    let first = service.account_of(&key);
+    let rotation = format!("key_rotation:{key}");
+    // Half an hour later, by moving the lease's times;
+    let move_to = |client: &mut Client, last: i64| {
+        let (last, next) = (last.to_string(), (last + DAY).to_string());
+        client.ok(&[
+            "HSET",
+            &rotation,
+            "last_rotation",
+            &last,
+            "next_rotation",
+            &next,
+        ]);
+    };
+    move_to(&mut service.client, now() - HOUR / 2);
+    assert_eq!(service.account_of(&key), first);
+    // a day later;
+    move_to(&mut service.client, now() - DAY);
+    let second = service.account_of(&key);
+    assert_ne!(second, first);
+    // and with less than an hour to go.
+    move_to(&mut service.client, now() - DAY + HOUR / 2);
+    assert_eq!(service.account_of(&key), second);
+
+    // The guide's lines, with these accounts.
+    let line = |begin: &str, account: &str| {
+        let lines = LINES.iter().filter_map(|(line, _)| line.split_once("] "));
+        let mut lines = lines.map(|(_, text)| text);
+        let line = lines.find(|line| line.starts_with(begin)).unwrap();
+        let name = if begin.starts_with("📝") {
+            "previous-account"
+        } else {
+            "account-name"
+        };
+        line.replace(name, account)
+    };
+    let rotated = |account: &str| line("🔄 Pool", account);
+    let current = |account: &str| line("📌 Pool", account);
+    let token = |account: &str| line("✅ Successfully", account);
+    let expected = [
+        rotated(&first),
+        token(&first),
+        current(&first),
+        token(&first),
+        rotated(&second),
+        line("📝 Previous", &first),
+        token(&second),
+        current(&second).replace("23 hours", "0 hours"),
+        token(&second),
+    ];
+    service.forwarder.wait_for_lines("GET /v1/models 200", 4);
+    let marks = ["🔄", "📝", "📌", "✅"];
+    let log = service.forwarder.log();
+    let log = log.iter().filter_map(|line| line.split_once("] "));
+    let (times, lines): (Vec<&str>, Vec<&str>) = log
+        .filter(|(_, text)| marks.iter().any(|mark| text.starts_with(mark)))
+        .unzip();
+    assert_eq!(lines, expected);
+    let form = "[2025-08-14T14:00:00.000Z";
+    let shape = |time: &str| time.replace(|c: char| c.is_ascii_digit(), "0");
+    for time in times {
+        assert_eq!(shape(time), shape(form));
+    }
+}
+
+#[test]
+fn clients_notice_nothing_of_an_account_whose_file_is_deleted() {
+    let mut service = service(&["doomed"], &[]);
+    let key = service.client.pool_key();
+    assert_eq!(service.account_of(&key), "doomed");
+    service
+        .server
+        .write_account("medium/other", &bearer("other"));
+    wait_for("the other account", || service.client.slots("other"));
+    service.ask_while(&key, "token-of-other", || {
+        service.server.remove_account("medium/doomed");
+    });
+}
+
+#[test]
+fn clients_notice_nothing_of_a_token_that_the_upstream_refuses() {
+    let mut service = service(&["refused"], &["token-of-refused"]);
+    let keys = [service.client.pool_key(), service.client.pool_key()];
+    for key in &keys {
+        service.client.ok(&["MPOOL.ACQUIRE", key, "*"]);
+    }
+    service
+        .server
+        .write_account("medium/sound", &bearer("sound"));
+    wait_for("the other account", || service.client.slots("sound"));
+    for key in &keys {
+        assert_eq!(service.account_of(key), "sound");
+    }
+    let reason = "medium_pool:cooldown_reason:refused";
+    let reason: Option<String> = service.client.run(&["GET", reason]);
+    assert!(reason.unwrap().contains("401"));
+}
+
+#[test]
+fn clients_notice_nothing_of_a_token_that_expires() {
+    let mut service = service(&["expiring"], &[]);
+    let key = service.client.pool_key();
+    assert_eq!(service.account_of(&key), "expiring");
+    service
+        .server
+        .write_account("medium/sound", &bearer("sound"));
+    wait_for("the other account", || service.client.slots("sound"));
+    let ends = now() + 1500;
+    let expiring = format!(r#"{{"access_token": "token-of-expiring", "expires_at": {ends}}}"#);
+    service.ask_while(&key, "token-of-sound", || {
+        service.server.write_account("medium/expiring", &expiring);
+    });
 }
 
 #[test]

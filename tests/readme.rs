@@ -2,9 +2,11 @@
 //! in order after `make run`, its tables are complete, and client keys and
 //! tokens show where it says, and nowhere else.
 
+mod proxy;
 mod support;
 mod typed;
 
+use proxy::{Forwarder, Setup, Upstream};
 use redis::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -13,7 +15,7 @@ use std::net::{TcpListener, TcpStream};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 use support::{Client, Options, Server, free_port, text, wait_for};
-use typed::{Terminal, key_in, text_of};
+use typed::{Started, Terminal, free_pair, text_of};
 
 const READMES: [&str; 2] = ["README.md", "README.zh-CN.md"];
 
@@ -68,7 +70,7 @@ fn both_languages_have_the_same_structure_commands_and_tables() {
             .collect()
     };
     assert_eq!(levels(&english), levels(&chinese));
-    for language in ["sh", "conf"] {
+    for language in ["sh", "conf", "ini"] {
         assert_eq!(blocks(&english, language), blocks(&chinese, language));
     }
     let (one, other) = (rows(&english), rows(&chinese));
@@ -100,8 +102,19 @@ fn every_link_leads_somewhere() {
         }
     }
     // The files that the page on the architecture sends its reader to.
+    let sources = ["src", "src/pool", "src/bin/mpool-forwarder"];
     for word in code(&text_of("docs/architecture.md")) {
-        if word.starts_with("src/") || word.starts_with("docs/") || word.starts_with("tests/") {
+        if word.ends_with(".rs") && !word.contains("src/") && !word.contains("tests/") {
+            let mut places = sources
+                .iter()
+                .map(|folder| support::repository().join(folder));
+            assert!(
+                places.any(|folder| folder.join(&word).exists()),
+                "docs/architecture.md: {word}"
+            );
+        }
+        let folders = ["src/", "docs/", "tests/", "scripts/"];
+        if folders.iter().any(|folder| word.starts_with(folder)) {
             assert!(
                 support::repository().join(&word).exists(),
                 "docs/architecture.md: {word}"
@@ -110,29 +123,22 @@ fn every_link_leads_somewhere() {
     }
 }
 
-/// Ends what `make run` started, should a test stop before `make stop`.
-struct Started<'a>(&'a Terminal);
-
-impl Drop for Started<'_> {
-    fn drop(&mut self) {
-        self.0
-            .run("if [[ -f data/redis.pid ]]; then kill -KILL \"$(<data/redis.pid)\"; fi");
-    }
-}
-
 /// Types into a copy of the repository, in one shell, from `make run` to `make stop`.
 fn session(port: u16, typed: &str) -> String {
-    let terminal = Terminal::in_a_copy(port);
-    let _started = Started(&terminal);
+    let forwarder = free_pair();
+    let terminal = Terminal::in_a_copy(port, forwarder);
+    let _started = Started::by(&terminal);
     let outcome = terminal.run(&format!("set -euo pipefail\n{typed}"));
     let printed = format!("{}\n{}", outcome.stdout, outcome.stderr);
     assert_eq!(outcome.code, 0, "{printed}");
     let stopped = terminal.run("make stop").ok();
-    assert!(stopped.contains("Stopped"), "{stopped}");
-    assert!(
-        TcpStream::connect(("127.0.0.1", port)).is_err(),
-        "make stop left it running"
-    );
+    assert_eq!(stopped.matches("Stopped").count(), 3, "{stopped}");
+    for port in [port, forwarder, forwarder + 1] {
+        assert!(
+            TcpStream::connect(("127.0.0.1", port)).is_err(),
+            "make stop left something running on {port}"
+        );
+    }
     printed
 }
 
@@ -149,6 +155,9 @@ fn every_command_of_the_readme_works_after_make_run() {
             "current",
             "sample-token-not-real",
             "my-account",
+            "text_delta",
+            "mpool_requests_total",
+            "--upstream",
             "mpool_acquires",
         ] {
             assert!(
@@ -162,44 +171,6 @@ fn every_command_of_the_readme_works_after_make_run() {
             "{printed}"
         );
     }
-}
-
-#[test]
-fn what_make_run_prints_works_as_typed() {
-    let port = free_port();
-    let terminal = Terminal::in_a_copy(port);
-    let _started = Started(&terminal);
-    let printed = terminal.run("make run").ok();
-    assert!(
-        printed.contains("examples/accounts"),
-        "it says that it lends samples: {printed}"
-    );
-    let key = key_in(&printed);
-    let (_, next) = printed.split_once("Type next:\n").unwrap();
-    let typed: Vec<&str> = next
-        .lines()
-        .map_while(|line| line.strip_prefix("  "))
-        .collect();
-    assert!(typed.len() >= 4, "{printed}");
-    for line in typed {
-        let outcome = terminal.run(line);
-        assert_eq!(outcome.code, 0, "{line}: {outcome:?}");
-    }
-    // Typed again, it uses what is there, and the key is the same.
-    let again = terminal.run("make run").ok();
-    assert_eq!(key_in(&again), key);
-    assert!(again.contains("already runs"), "{again}");
-    let mode = terminal.run("stat -c %a data data/demo-key").ok();
-    assert_eq!(mode, "700\n600\n");
-    terminal.run("make stop").ok();
-    // Nothing that was not there lies about in the repository.
-    let listed = terminal.run("ls").ok();
-    assert_eq!(
-        listed.split_whitespace().collect::<Vec<_>>(),
-        [
-            "Makefile", "account", "data", "examples", "scripts", "shell", "target"
-        ]
-    );
 }
 
 fn server() -> (Server, Client) {
@@ -284,11 +255,149 @@ fn the_table_of_errors_is_complete() {
         .collect();
     assert!(codes.contains("POOLFULL"), "{info}");
     for readme in READMES {
-        let rows = rows(&text_of(readme));
+        let readme = text_of(readme);
+        let section = readme
+            .split("\n## ")
+            .find(|text| text.contains("| `ERR` |"));
+        let rows = rows(section.unwrap());
         for code in &codes {
             row(&rows, &format!("{code}`"));
         }
     }
+}
+
+#[test]
+fn the_table_of_the_forwarders_flags_has_their_defaults() {
+    let (exit, help, _) = Setup::bare(&["--help"]).run();
+    assert_eq!(exit, 0);
+    let flags: BTreeMap<&str, &str> = help
+        .split("\n      --")
+        .skip(1)
+        .map(|text| text.split_once([' ', '\n']).unwrap())
+        .collect();
+    for readme in READMES {
+        let readme = text_of(readme);
+        let rows: Vec<_> = rows(&readme)
+            .into_iter()
+            .filter(|row| row[0].starts_with("`--"))
+            .collect();
+        assert!(rows.len() > 10, "{rows:?}");
+        for row in rows {
+            let name = &code(&row[0])[0];
+            let text = flags[name.trim_start_matches("--")];
+            let default = format!("[default: {}]", code(&row[1]).concat());
+            let told = text.contains("[default: ");
+            assert_eq!(told, !row[1].is_empty(), "{name}: {text}");
+            assert!(!told || text.contains(&default), "{name}: {text}");
+        }
+        // All others that are named.
+        let named = code(&readme).into_iter().filter_map(|word| {
+            let word = word.strip_prefix("--")?;
+            Some(word.split(' ').next()?.to_owned())
+        });
+        for name in named {
+            assert!(flags.contains_key(name.as_str()), "--{name}");
+        }
+    }
+}
+
+#[test]
+fn the_table_of_the_forwarders_answers_is_complete() {
+    // Each is written once, as Row("CODE", status, …).
+    let source = text_of("src/bin/mpool-forwarder/answers.rs");
+    let known: BTreeSet<(String, String)> = source
+        .split("Row(")
+        .filter_map(|row| {
+            let mut words = row.split(',').map(str::trim);
+            let name = words.next()?.strip_prefix('"')?.strip_suffix('"')?;
+            let status: u16 = words.next()?.parse().ok()?;
+            Some((name.to_owned(), status.to_string()))
+        })
+        .collect();
+    assert!(known.len() > 15, "{known:?}");
+    for readme in READMES {
+        let rows = rows(&text_of(readme));
+        let rows = rows.iter().filter(|row| row[1].parse::<u16>().is_ok());
+        let told: BTreeSet<(String, String)> = rows
+            .flat_map(|row| code(&row[0]).into_iter().map(|name| (name, row[1].clone())))
+            .collect();
+        assert_eq!(told, known, "{readme}");
+    }
+}
+
+#[test]
+fn the_list_of_the_forwarders_metrics_is_complete() {
+    // A refused account, and an answer that breaks off: all there is to count.
+    let upstream = Upstream::start(|mut exchange| {
+        if exchange.token().as_deref() == Some("token-of-one") {
+            return exchange.respond(401, &[], b"refused");
+        }
+        exchange.stream();
+        exchange.chunk("and then no more");
+        exchange.close();
+    });
+    let (server, mut client) = server();
+    let forwarder = Forwarder::between(&server, &upstream).start();
+    for _ in 0..2 {
+        let key = client.pool_key();
+        let mut client = forwarder.client();
+        client.ask("GET", "/", &key, &[], b"");
+        client.try_answer().unwrap_err();
+    }
+    forwarder.wait_for_lines("end=upstream-broke", 2);
+    let page = forwarder.admin("/metrics").text();
+    let known: BTreeSet<String> = page
+        .lines()
+        .filter_map(|line| line.strip_prefix("# TYPE "))
+        .map(|line| match line.split_once(' ').unwrap() {
+            (name, "counter") => format!("{name}_total"),
+            (name, _) => name.to_owned(),
+        })
+        .collect();
+    for readme in READMES {
+        let words = code(&text_of(readme));
+        let told = words.into_iter().filter(|word| word.starts_with("mpool_"));
+        assert_eq!(told.collect::<BTreeSet<_>>(), known, "{readme}");
+    }
+}
+
+#[test]
+fn the_service_starts_a_forwarder_with_the_user_that_is_shown() {
+    let (server, mut client) = server();
+    let readme = text_of(READMES[0]);
+    let (_, user) = readme.split_once("redis-cli -p 6380 ACL SETUSER ").unwrap();
+    let user = user.lines().next().unwrap().replace('\'', "");
+    let mut words = vec!["ACL", "SETUSER"];
+    words.extend(user.split(' '));
+    client.ok(&words);
+
+    let unit = blocks(&readme, "ini").concat();
+    let setting = |name: &str| {
+        let line = unit.lines().find_map(|line| line.strip_prefix(name));
+        line.and_then(|line| line.strip_prefix('=')).unwrap()
+    };
+    let command: Vec<&str> = setting("ExecStart").split(' ').collect();
+    assert!(command[0].ends_with("/mpool-forwarder"));
+    let upstream = Upstream::ok();
+    let mut setup = Setup::bare(&command[1..]);
+    for variable in setting("Environment").split(' ') {
+        let (name, value) = variable.split_once('=').unwrap();
+        let value = match name {
+            "MPOOL_UPSTREAM" => proxy::Target::url(&upstream),
+            "MPOOL_REDIS" => value.replace("6380", &server.port.to_string()),
+            _ => value.to_owned(),
+        };
+        setup = setup.env(name, &value);
+    }
+    let forwarder = setup
+        .env("MPOOL_REDIS_PASSWORD", "choose-a-password")
+        .args(&["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"])
+        .start();
+    wait_for("readiness", || {
+        (forwarder.admin("/readyz").status() == 200).then_some(())
+    });
+    let key = client.pool_key();
+    assert_eq!(forwarder.client().get("/", &key).status(), 200);
 }
 
 #[test]
@@ -664,6 +773,38 @@ fn status_info_and_errors_hold_neither_client_keys_nor_tokens() {
 }
 
 #[test]
+fn the_forwarder_shows_neither_client_keys_nor_tokens() {
+    let (server, mut client) = server();
+    let keys = [client.pool_key(), client.pool_key()];
+    let upstream = Upstream::refusing(&["token-of-one"]);
+    for form in ["text", "json"] {
+        let forwarder = Forwarder::between(&server, &upstream)
+            .args(&["--log", form])
+            .start();
+        let mut shown = String::new();
+        for key in &keys {
+            let path = format!("/{key}?key={key}");
+            assert_eq!(forwarder.client().get(&path, key).status(), 200);
+            let answer = forwarder
+                .client()
+                .round("GET", "/", key, &[("x-api-key", "other")], b"");
+            assert_eq!(answer.status(), 401);
+            shown += &answer.text();
+        }
+        client.ok(&["MPOOL.COOLDOWN", "medium", "one", "*", "0"]);
+        forwarder.wait_for_lines("GET", 4);
+        shown += &forwarder.log().join("\n");
+        shown += &forwarder.admin("/metrics").text();
+        for key in &keys {
+            assert!(!shown.contains(key), "{shown}");
+            let masked = format!("{}...{}", &key[..14], &key[key.len() - 4..]);
+            assert!(shown.contains(&masked), "{shown}");
+        }
+        assert!(!shown.contains("token-of-"), "{shown}");
+    }
+}
+
+#[test]
 fn keyspace_notifications_and_scan_hold_client_keys() {
     let (server, mut client) = server();
     let key = client.pool_key();
@@ -747,9 +888,9 @@ fn the_proxys_user_may_do_what_it_must_and_no_more() {
             "*",
             "1000",
         ]);
+        proxy.ok(&["MPOOL.STATUS"]);
         for refused in [
             &["MPOOL.KEYGEN", "medium", "POOL"][..],
-            &["MPOOL.STATUS"],
             &["MPOOL.REVOKE", &key],
             &["GET", "medium_pool:slots:one"],
             &["KEYS", "*"],

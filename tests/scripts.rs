@@ -2,9 +2,11 @@
 //! caller can rely on, against real servers: good ones, locked ones, ones
 //! without the module, hung ones and none.
 
+mod proxy;
 mod support;
 mod typed;
 
+use proxy::{Forwarder, Upstream};
 use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::time::{Duration, Instant};
@@ -213,6 +215,32 @@ fn a_key_is_bound_to_the_account_that_is_named() {
             "{command}"
         );
     }
+}
+
+#[test]
+fn the_commands_that_are_printed_with_a_key_work_as_typed() {
+    let options = Options::default()
+        .accounts(&["one"])
+        .file("high/high-one", &bearer("high-one"));
+    let (server, _client, terminal) = start(options);
+    let upstream = Upstream::ok();
+    let forwarder = Forwarder::between(&server, &upstream).start();
+    let url = forwarder.url();
+    let terminal = terminal.env("MPOOL_TEST_STRICT", "1");
+    for command in ["medium.sh", "high.sh high-one"] {
+        let printed = terminal.run(&format!("shell/{command}")).ok();
+        assert!(printed.contains("curl http://127.0.0.1:8080/"), "{printed}");
+        let elsewhere = format!("MPOOL_FORWARDER_URL={url}/ shell/{command}");
+        let printed = terminal.run(&elsewhere).ok();
+        let typed = printed.lines().filter_map(|line| line.strip_prefix("  "));
+        let answers: Vec<String> = typed.map(|line| terminal.run(line).ok()).collect();
+        assert_eq!(answers.len(), 2, "{printed}");
+        assert!(answers[0].contains("account"), "{answers:?}");
+        assert_eq!(answers[1], "ok");
+    }
+    let tokens: Vec<_> = upstream.requests().iter().map(|it| it.token()).collect();
+    let tokens: Vec<&str> = tokens.iter().flatten().map(String::as_str).collect();
+    assert_eq!(tokens, ["token-of-one", "token-of-high-one"]);
 }
 
 #[test]

@@ -146,10 +146,11 @@ impl Setup {
 
 fn port_in(line: &str, before: &str) -> u16 {
     let (_, address) = line.split_once(before).unwrap();
-    let address = address.split_whitespace().next().unwrap();
+    // In JSON a quotation mark follows.
+    let end = |letter: char| !letter.is_ascii_hexdigit() && !".:[]".contains(letter);
+    let address = address.split(end).next().unwrap();
     let (_, port) = address.rsplit_once(':').unwrap();
-    let digits = port.trim_end_matches(|letter: char| !letter.is_ascii_digit());
-    digits.parse().unwrap_or_else(|_| panic!("no port: {line}"))
+    port.parse().unwrap_or_else(|_| panic!("no port: {line}"))
 }
 
 /// The lines that a process writes, as they come.

@@ -33,6 +33,10 @@ impl Authority {
     pub fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
+        // OpenSSL takes a certificate with its issuer's name for its own issuer.
+        params
+            .distinguished_name
+            .push(rcgen::DnType::CommonName, "authority");
         params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
         let key = rcgen::KeyPair::generate().unwrap();
         let certificate = params.self_signed(&key).unwrap();

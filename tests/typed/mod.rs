@@ -1,6 +1,7 @@
 //! Commands as a person types them: bash in a folder laid out like the
-//! repository, with a `redis-cli` that takes port 6380 for the test's own. What
-//! is typed reaches the test's server alone.
+//! repository, with a `redis-cli` that takes port 6380 for the test's own, and in
+//! a copy a `curl` that does so with 8080 and 8081. What is typed reaches the
+//! test's servers alone.
 #![allow(
     dead_code,
     unreachable_pub,
@@ -10,13 +11,17 @@
 use crate::support::{Server, repository};
 use std::collections::BTreeMap;
 use std::fs;
+use std::net::TcpListener;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 use tempfile::TempDir;
 
 /// The port that the guide and the README type.
 pub const TYPED_PORT: u16 = 6380;
+/// The port of the forwarder that the README types; its admin port is the next.
+pub const TYPED_FORWARDER: u16 = 8080;
 /// Seconds after which a command that is still running has failed.
 const LIMIT: &str = "60";
 
@@ -94,10 +99,11 @@ exec '{real}' "$@"
     }
 
     /// A shell in a copy of the repository, for commands that start a server on
-    /// the port. An error reply ends `redis-cli` with an error. In the place of
-    /// a build stands the module that is there, and `make test` is not run
-    /// within itself: it has to be a target.
-    pub fn in_a_copy(port: u16) -> Self {
+    /// the port, and a forwarder on a port of the test's choice. An error reply
+    /// ends `redis-cli` and `curl` with an error. In the place of a build stands
+    /// what is built already, and `make test` is not run within itself: it has to
+    /// be a target.
+    pub fn in_a_copy(port: u16, forwarder: u16) -> Self {
         let terminal = Self::at(port);
         let root = terminal.folder();
         for folder in ["shell", "examples"] {
@@ -111,8 +117,17 @@ exec '{real}' "$@"
             fs::create_dir_all(root.join("account").join(tier)).unwrap();
         }
         let cargo = format!(
-            "#!/bin/bash\n[[ $1 == build ]] && install -D '{}' \"$CARGO_TARGET_DIR/release/libmpool.so\"\n",
-            crate::support::module().display()
+            r#"#!/bin/bash
+[[ $1 == build ]] || exit 1
+release=$CARGO_TARGET_DIR/release
+mkdir -p "$release/examples"
+install '{module}' "$release/libmpool.so"
+ln -sf '{forwarder}' "$release/mpool-forwarder"
+ln -sf '{demo}' "$release/examples/demo-upstream"
+"#,
+            module = crate::support::module().display(),
+            forwarder = env!("CARGO_BIN_EXE_mpool-forwarder"),
+            demo = demo_upstream().display(),
         );
         terminal.install("cargo", &cargo);
         let make = format!(
@@ -120,10 +135,28 @@ exec '{real}' "$@"
             program("make").display()
         );
         terminal.install("make", &make);
+        let curl = format!(
+            r#"#!/bin/bash
+arguments=()
+for argument; do
+  argument=${{argument/#http:\/\/127.0.0.1:{TYPED_FORWARDER}/http://127.0.0.1:{forwarder}}}
+  argument=${{argument/#http:\/\/127.0.0.1:{typed_admin}/http://127.0.0.1:{admin}}}
+  arguments+=("$argument")
+done
+if [[ -n ${{MPOOL_TEST_STRICT:-}} ]]; then set -- --fail; else set --; fi
+exec '{real}' "$@" "${{arguments[@]}}"
+"#,
+            typed_admin = TYPED_FORWARDER + 1,
+            admin = forwarder + 1,
+            real = program("curl").display(),
+        );
+        terminal.install("curl", &curl);
         let target = root.join("target");
         let terminal = terminal.env("CARGO_TARGET_DIR", target.to_str().unwrap());
         terminal
             .env("PORT", &port.to_string())
+            .env("FORWARDER_PORT", &forwarder.to_string())
+            .env("DEMO_PORT", "0")
             .env("MPOOL_TEST_STRICT", "1")
     }
 
@@ -191,6 +224,52 @@ exec '{real}' "$@"
             stderr: text(output.stderr),
         }
     }
+}
+
+/// Ends what `make run` started, should a test stop before `make stop`.
+pub struct Started<'a>(&'a Terminal);
+
+impl<'a> Started<'a> {
+    pub fn by(terminal: &'a Terminal) -> Self {
+        Self(terminal)
+    }
+}
+
+impl Drop for Started<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("{}", self.0.run("tail -n 30 data/*.log").stdout);
+        }
+        self.0.run(
+            "for file in data/*.pid; do if [[ -f $file ]]; then kill -KILL \"$(<\"$file\")\"; fi; done",
+        );
+    }
+}
+
+/// A port that nothing listens on, nor on the one after it, below those that the
+/// system gives to outgoing connections.
+pub fn free_pair() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let start = (std::process::id() % 6000) as u16;
+    loop {
+        let port = 20_000 + 2 * ((start + NEXT.fetch_add(1, Ordering::Relaxed)) % 6000);
+        let is_free = |port: u16| TcpListener::bind(("127.0.0.1", port)).is_ok();
+        if is_free(port) && is_free(port + 1) {
+            return port;
+        }
+    }
+}
+
+/// The demo upstream, which `make build` builds before the tests run.
+#[track_caller]
+fn demo_upstream() -> PathBuf {
+    let forwarder = Path::new(env!("CARGO_BIN_EXE_mpool-forwarder"));
+    let demo = forwarder.with_file_name("examples").join("demo-upstream");
+    assert!(
+        demo.exists(),
+        "the demo upstream is not built: run `make build` first"
+    );
+    demo
 }
 
 /// Where a program is that these tests can't do without.

@@ -231,6 +231,7 @@ impl Proxy {
         report: &mut Report,
     ) -> Result<Response<Download>, Own> {
         let mut tried = Tried::default();
+        // What is seldom done is boxed: its room would be carried from step to step.
         loop {
             let account = Arc::clone(&grant.lease.account);
             let sent_at = self.now();
@@ -249,10 +250,10 @@ impl Proxy {
                 Ok(response) => {
                     self.metrics.upstream_error(&account.name, "401");
                     if tried.another_account {
-                        self.refused_by_two(order, &account, tried.cooled).await;
+                        Box::pin(self.refused_by_two(order, &account, tried.cooled)).await;
                         return Ok(response);
                     }
-                    match self.replace(order, &grant, sent_at).await {
+                    match Box::pin(self.replace(order, &grant, sent_at)).await {
                         Replacement::Grant(next, cooled) => {
                             tried.another_account = true;
                             tried.cooled = cooled.then_some(account);
@@ -277,7 +278,8 @@ impl Proxy {
                 Err(SendError::Target) => return Err(Code::BadRequest.into()),
                 Err(error) => {
                     self.metrics.upstream_error(&account.name, error.name());
-                    let cooled = self.connection_failed(order, &grant, error).await;
+                    let failed = self.connection_failed(order, &grant, error);
+                    let cooled = Box::pin(failed).await;
                     // Only what was not sent, or may be sent twice (RFC 9110 section 9.2.2).
                     let may_repeat = match error {
                         SendError::Connect => true,
@@ -294,7 +296,7 @@ impl Proxy {
                     }
                     tried.another_connection = true;
                     if cooled {
-                        grant = self.acquire(&order.key).await?;
+                        grant = Box::pin(self.acquire(&order.key)).await?;
                     }
                 }
             }

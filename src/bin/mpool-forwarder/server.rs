@@ -11,6 +11,8 @@ use crate::metrics::Metrics;
 use crate::proxy::Proxy;
 use crate::upload::{Budget, Rules};
 use crate::upstream::Upstream;
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
 use hyper::Request;
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
@@ -270,13 +272,13 @@ async fn work(
             http: http.clone(),
             timeouts: config.timeouts,
             watcher: graceful.watcher(),
-            _place: place,
+            place,
         };
         let tls = tls.clone();
         tokio::spawn(async move {
             match tls {
-                // Boxed, as the two would take the room of the larger one.
-                None => Box::pin(serving.plain(stream)).await,
+                None => serving.plain(stream).await,
+                // Boxed, as the room for a handshake is large.
                 Some(tls) => Box::pin(serving.secured(tls, stream)).await,
             }
         });
@@ -322,7 +324,7 @@ struct Serving {
     http: Http,
     timeouts: Timeouts,
     watcher: Watcher,
-    _place: Place,
+    place: Place,
 }
 
 impl Serving {
@@ -341,7 +343,13 @@ impl Serving {
         }
     }
 
-    async fn connection<S: Transport + Send + 'static>(self, stream: S, http2: bool) {
+    /// A connection to its end. No async fn: that would keep room for each step
+    /// of its making for as long as the connection lives.
+    fn connection<S: Transport + Send + 'static>(
+        self,
+        stream: S,
+        http2: bool,
+    ) -> BoxFuture<'static, ()> {
         let exchange = Arc::new(Exchange::default());
         let client = ClientIo::new(
             stream,
@@ -351,7 +359,7 @@ impl Serving {
             &self.proxy.metrics,
         );
         let io = TokioIo::new(client);
-        let proxy = self.proxy;
+        let (proxy, place) = (self.proxy, self.place);
         let service = service_fn(move |request: Request<Incoming>| {
             let (proxy, exchange) = (Arc::clone(&proxy), Arc::clone(&exchange));
             // It is large, and gone once the answer has begun.
@@ -359,15 +367,15 @@ impl Serving {
         });
         // Whatever ends a connection has been reported request by request.
         if http2 {
-            let _ = self
+            let served = self
                 .watcher
-                .watch(self.http.two.serve_connection(io, service))
-                .await;
+                .watch(self.http.two.serve_connection(io, service));
+            served.map(move |_| drop(place)).boxed()
         } else {
-            let _ = self
+            let served = self
                 .watcher
-                .watch(self.http.one.serve_connection(io, service))
-                .await;
+                .watch(self.http.one.serve_connection(io, service));
+            served.map(move |_| drop(place)).boxed()
         }
     }
 }

@@ -11,6 +11,7 @@ use crate::patience::Patience;
 use crate::upload::{Fault, Upload, UploadBody};
 use bytes::Bytes;
 use clap::ValueEnum;
+use futures_util::future::Either;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
@@ -200,13 +201,13 @@ impl Upstream {
             return Ok(channel);
         }
         if !self.0.over_http2.load(Ordering::Relaxed) {
-            return self.0.connect().await;
+            return Box::pin(self.0.connect()).await;
         }
         // The others can use what the first of them makes.
         let _turn = self.0.connecting.lock().await;
         match self.0.free() {
             Some(channel) => Ok(channel),
-            None => self.0.connect().await,
+            None => Box::pin(self.0.connect()).await,
         }
     }
 
@@ -220,18 +221,11 @@ impl Upstream {
         request: Request<UploadBody>,
         upload: &Upload,
     ) -> Result<Response<Download>, SendError> {
-        let outcome = match &mut channel {
-            Channel::Http1(sender) => {
-                self.0
-                    .wait(sender.try_send_request(request), upload)
-                    .await?
-            }
-            Channel::Http2(sender, _) => {
-                self.0
-                    .wait(sender.try_send_request(request), upload)
-                    .await?
-            }
+        let sending = match &mut channel {
+            Channel::Http1(sender) => Either::Left(sender.try_send_request(request)),
+            Channel::Http2(sender, _) => Either::Right(sender.try_send_request(request)),
         };
+        let outcome = self.0.wait(sending, upload).await?;
         let response = outcome.map_err(|mut error| match error.take_message() {
             Some(_) => SendError::Unsent,
             None => classify(error.error(), upload),
