@@ -9,7 +9,7 @@ use crate::config::Limits;
 use crate::headers::{self, GivenKey};
 use crate::lender::{Denied, Grant, Lender, State};
 use crate::metrics::Metrics;
-use crate::relay::{Relay, Reply};
+use crate::relay::{Bounds, Relay, Reply};
 use crate::report::{Report, log_lease};
 use crate::upload::{self, Fault, Rules, Upload, UploadBody};
 use crate::upstream::{Download, SendError, Upstream};
@@ -33,6 +33,7 @@ pub struct Proxy {
     pub limits: Limits,
     pub uploads: Rules,
     pub stream_timeout: Duration,
+    pub send_timeout: Duration,
     pub cooldown: Duration,
     pub began: Instant,
     /// When the log last said that there is no account, in ms.
@@ -51,6 +52,8 @@ struct Order {
     /// The key, as the rules for accounts tell keys apart.
     who: u64,
     expects_continue: bool,
+    /// How the client asked.
+    over_http2: bool,
 }
 
 /// An answer of the forwarder's own.
@@ -197,6 +200,7 @@ impl Proxy {
             who: self.lender.accounts.key(&key),
             key,
             expects_continue,
+            over_http2: parts.version == Version::HTTP_2,
         };
         order.extensions.remove::<hyper::upgrade::OnUpgrade>();
         report.upload(&order.upload);
@@ -218,7 +222,11 @@ impl Proxy {
         let (mut parts, body) = response.into_parts();
         headers::strip_hop_by_hop(&mut parts.headers);
         parts.version = Version::HTTP_11;
-        let relay = Relay::new(body, report, self.stream_timeout);
+        let bounds = Bounds {
+            silence: self.stream_timeout,
+            untaken: order.over_http2.then_some(self.send_timeout),
+        };
+        let relay = Relay::new(body, report, bounds);
         Response::from_parts(parts, Reply::upstream(relay, active))
     }
 

@@ -10,6 +10,7 @@ use http_body::{Body, Frame, SizeHint};
 use http_body_util::Full;
 use std::fmt;
 use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 use tokio::time::Instant;
@@ -52,6 +53,7 @@ impl Reply {
 pub enum Broken {
     Upstream,
     Silent,
+    Untaken,
 }
 
 impl fmt::Display for Broken {
@@ -59,6 +61,7 @@ impl fmt::Display for Broken {
         f.write_str(match self {
             Self::Upstream => "the upstream broke off",
             Self::Silent => "the upstream fell silent",
+            Self::Untaken => "the client took nothing of it",
         })
     }
 }
@@ -67,7 +70,7 @@ impl std::error::Error for Broken {}
 
 /// The upstream's body.
 pub struct Relay {
-    live: Download,
+    live: Live,
     report: Report,
     silence: Duration,
     last: Instant,
@@ -76,19 +79,108 @@ pub struct Relay {
     left: Option<u64>,
 }
 
+/// How long the two sides may keep a stream waiting.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    /// How long the upstream may send nothing.
+    pub silence: Duration,
+    /// How long an HTTP/2 client may take nothing of one stream. (Over HTTP/1
+    /// that is the connection's concern.)
+    pub untaken: Option<Duration>,
+}
+
+enum Live {
+    Own(Download),
+    Watched(Arc<Watched>),
+}
+
+/// A body that is dropped when the client takes nothing of it: then nobody asks
+/// it for more, so it is looked after from outside.
+#[derive(Default)]
+struct Watched {
+    slot: Mutex<Slot>,
+}
+
+#[derive(Default)]
+struct Slot {
+    live: Option<Download>,
+    /// When a piece was handed over, while no other has been asked for.
+    handed: Option<Instant>,
+}
+
+impl Watched {
+    fn lock(&self) -> MutexGuard<'_, Slot> {
+        self.slot.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn start(live: Download, limit: Duration) -> Arc<Self> {
+        let slot = Slot {
+            live: Some(live),
+            handed: None,
+        };
+        let watched = Arc::new(Self {
+            slot: Mutex::new(slot),
+        });
+        let weak = Arc::downgrade(&watched);
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(limit / 4).await;
+                let Some(watched) = weak.upgrade() else {
+                    return;
+                };
+                let mut slot = watched.lock();
+                if slot.handed.is_some_and(|handed| handed.elapsed() >= limit) {
+                    slot.live = None;
+                    return;
+                }
+            }
+        });
+        watched
+    }
+}
+
+impl Live {
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        let polled = match self {
+            Self::Own(live) => Pin::new(live).poll_frame(cx),
+            Self::Watched(watched) => {
+                let mut slot = watched.lock();
+                let Some(live) = &mut slot.live else {
+                    return Poll::Ready(Some(Err(Broken::Untaken)));
+                };
+                let polled = Pin::new(live).poll_frame(cx);
+                slot.handed = matches!(polled, Poll::Ready(Some(Ok(_)))).then(Instant::now);
+                polled
+            }
+        };
+        polled.map_err(|_| Broken::Upstream)
+    }
+
+    fn with<T>(&self, look: impl Fn(&Download) -> T) -> Option<T> {
+        match self {
+            Self::Own(live) => Some(look(live)),
+            Self::Watched(watched) => watched.lock().live.as_ref().map(look),
+        }
+    }
+}
+
 impl Relay {
-    /// `silence` is how long the upstream may send nothing.
-    pub fn new(live: Download, report: Report, silence: Duration) -> Self {
+    pub fn new(live: Download, report: Report, bounds: Bounds) -> Self {
         let left = live.size_hint().exact();
+        let over = live.is_end_stream();
+        let live = match bounds.untaken {
+            Some(limit) if !over => Live::Watched(Watched::start(live, limit)),
+            _ => Live::Own(live),
+        };
         let mut relay = Self {
             live,
             report,
-            silence,
+            silence: bounds.silence,
             last: Instant::now(),
             patience: Patience::new(),
             left,
         };
-        if relay.live.is_end_stream() {
+        if over {
             relay.report.ended(End::Whole);
         }
         relay
@@ -110,7 +202,7 @@ impl Body for Relay {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
         let this = self.get_mut();
-        match Pin::new(&mut this.live).poll_frame(cx) {
+        match this.live.poll_frame(cx) {
             Poll::Ready(Some(Ok(frame))) => {
                 this.last = Instant::now();
                 if let Some(data) = frame.data_ref() {
@@ -127,20 +219,22 @@ impl Body for Relay {
                 this.report.ended(End::Whole);
                 Poll::Ready(None)
             }
-            Poll::Ready(Some(Err(_))) => {
-                this.report.ended(End::UpstreamBroke);
-                Poll::Ready(Some(Err(Broken::Upstream)))
+            Poll::Ready(Some(Err(why))) => {
+                if matches!(why, Broken::Upstream) {
+                    this.report.ended(End::UpstreamBroke);
+                }
+                Poll::Ready(Some(Err(why)))
             }
             Poll::Pending => this.poll_silence(cx),
         }
     }
 
     fn is_end_stream(&self) -> bool {
-        self.live.is_end_stream()
+        self.live.with(Download::is_end_stream).unwrap_or(false)
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.live.size_hint()
+        self.live.with(Download::size_hint).unwrap_or_default()
     }
 }
 

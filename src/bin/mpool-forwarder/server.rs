@@ -27,7 +27,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_rustls::TlsAcceptor;
 
 /// Streams of one HTTP/2 connection at once.
@@ -257,12 +257,14 @@ async fn work(
             budget,
         },
         stream_timeout: config.timeouts.stream,
+        send_timeout: config.timeouts.send,
         cooldown: config.cooldown,
         began: shared.began,
         complained_at: AtomicU64::new(0),
     });
     let http = Http::new(config.limits.header);
     let graceful = GracefulShutdown::new();
+    let (stop, stopping) = watch::channel(());
     while let Some((stream, place)) = waiting.recv().await {
         let Ok(stream) = TcpStream::from_std(stream) else {
             continue;
@@ -272,6 +274,7 @@ async fn work(
             http: http.clone(),
             timeouts: config.timeouts,
             watcher: graceful.watcher(),
+            stopping: stopping.clone(),
             place,
         };
         let tls = tls.clone();
@@ -283,6 +286,7 @@ async fn work(
             }
         });
     }
+    drop(stop);
     graceful.shutdown().await;
 }
 
@@ -324,22 +328,34 @@ struct Serving {
     http: Http,
     timeouts: Timeouts,
     watcher: Watcher,
+    stopping: watch::Receiver<()>,
     place: Place,
 }
 
 impl Serving {
-    async fn plain(self, stream: TcpStream) {
-        let looking = begins_http2(&stream);
-        if let Ok(Ok(http2)) = tokio::time::timeout(self.timeouts.keepalive, looking).await {
-            self.connection(stream, http2).await;
+    async fn plain(mut self, stream: TcpStream) {
+        let looking = tokio::time::timeout(self.timeouts.keepalive, begins_http2(&stream));
+        tokio::select! {
+            seen = looking => {
+                if let Ok(Ok(http2)) = seen {
+                    self.connection(stream, http2).await;
+                }
+            }
+            // It has not begun a request, and is not to begin one now.
+            _ = self.stopping.changed() => {}
         }
     }
 
-    async fn secured(self, tls: TlsAcceptor, stream: TcpStream) {
+    async fn secured(mut self, tls: TlsAcceptor, stream: TcpStream) {
         let handshake = tokio::time::timeout(self.timeouts.header, tls.accept(stream));
-        if let Ok(Ok(stream)) = handshake.await {
-            let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
-            self.connection(stream, http2).await;
+        tokio::select! {
+            done = handshake => {
+                if let Ok(Ok(stream)) = done {
+                    let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+                    self.connection(stream, http2).await;
+                }
+            }
+            _ = self.stopping.changed() => {}
         }
     }
 

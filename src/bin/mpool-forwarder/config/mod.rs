@@ -300,8 +300,13 @@ fn usage(error: &clap::Error) -> Stop {
         Some(ContextValue::Strings(flags)) => Some(flags.join(", ")),
         _ => None,
     };
-    let is_name = |flag: &String| flag.len() <= 80 && !flag.contains([':', '@']);
-    let flag = flag.filter(is_name).unwrap_or_else(|| "an argument".into());
+    // clap has it as `--flag <VALUE>`.
+    let name = flag
+        .as_deref()
+        .and_then(|flag| flag.split_whitespace().next());
+    let is_name =
+        |name: &&str| name.len() <= 40 && name.starts_with("--") && !name.contains([':', '@', '=']);
+    let flag = name.filter(is_name).unwrap_or("an argument");
     let valid = match error.get(ContextKind::ValidValue) {
         Some(ContextValue::Strings(values)) => format!(": one of {}", values.join(", ")),
         _ => error
