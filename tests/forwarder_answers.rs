@@ -652,7 +652,7 @@ fn a_head_over_the_limit_is_refused() {
     let stage = Stage::with(Upstream::ok(), &["--max-header-bytes", "16KiB"]);
     let key = &stage.key;
     let many: String = (0..2000).map(|n| format!("X-{n}: {n}\r\n")).collect();
-    let some: String = (0..300).map(|n| format!("X-{n}: {n}\r\n")).collect();
+    let some: String = (0..99).map(|n| format!("X-{n}: {n}\r\n")).collect();
     let heads = [
         (
             "a long value",
@@ -676,7 +676,7 @@ fn a_head_over_the_limit_is_refused() {
         ),
         ("many headers", format!("GET / HTTP/1.1\r\n{many}")),
         (
-            "some hundred small headers",
+            "one more than a hundred small headers",
             format!("GET / HTTP/1.1\r\n{some}"),
         ),
     ];
@@ -688,11 +688,14 @@ fn a_head_over_the_limit_is_refused() {
         let answer = answer.unwrap_or_else(|broken| panic!("{what}: {broken:?}"));
         check_own(&answer, "HEADERS_TOO_LARGE", key);
     }
-    let fits = format!("GET / HTTP/1.1\r\nX-Long: {}\r\n", "v".repeat(15_000));
-    let mut client = stage.client();
-    client.send(format!("{fits}Host: front\r\nx-api-key: {key}\r\n\r\n"));
-    assert_eq!(client.answer().status(), 200);
-    assert_eq!(stage.upstream.count(), 1);
+    let long = format!("GET / HTTP/1.1\r\nX-Long: {}\r\n", "v".repeat(15_000));
+    let (many, _) = some.rsplit_once("X-98").unwrap();
+    for fits in [long, format!("GET / HTTP/1.1\r\n{many}")] {
+        let mut client = stage.client();
+        client.send(format!("{fits}Host: front\r\nx-api-key: {key}\r\n\r\n"));
+        assert_eq!(client.answer().status(), 200);
+    }
+    assert_eq!(stage.upstream.count(), 2);
 
     let mut client = stage.forwarder.http2();
     let long = "v".repeat(17_000);

@@ -2303,6 +2303,18 @@ impl Drop for Sentinels {
     }
 }
 
+/// An answer over a connection of its own, which a change of roles may cut.
+fn ask<T: redis::FromRedisValue>(server: &Server, words: &[&str]) -> Option<T> {
+    let client = redis::Client::open(server.url()).unwrap();
+    let mut connection = client.get_connection_with_timeout(PATIENCE).ok()?;
+    let mut command = redis::cmd(words[0]);
+    command.arg(&words[1..]).query(&mut connection).ok()
+}
+
+fn replication(server: &Server) -> Option<redis::InfoDict> {
+    ask(server, &["INFO", "replication"])
+}
+
 #[test]
 fn a_failover_of_redis_is_followed() {
     let primary = durable(&[]);
@@ -2350,21 +2362,28 @@ fn a_failover_of_redis_is_followed() {
     let mut sentinel = sentinels.connect(1).unwrap();
     sentinel.ok(&["SENTINEL", "FAILOVER", "pool"]);
     wait_for("the new primary", || {
-        let role = replica.connect().info("replication", "role");
+        let role: String = replication(&replica)?.get("role")?;
         (role == "master").then_some(())
     });
     // The Sentinels would tell the old one some seconds later.
     let port = replica.port.to_string();
-    primary.connect().ok(&["REPLICAOF", "127.0.0.1", &port]);
+    wait_for("the old one to be told", || {
+        ask::<Value>(&primary, &["REPLICAOF", "127.0.0.1", &port])
+    });
     follow(&keys[2]);
-    support::wait_for_same(&mut replica.connect(), &mut primary.connect());
+    wait_for("the copy", || {
+        let link: String = replication(&primary)?.get("master_link_status")?;
+        let digest = |server| ask::<String>(server, &["DEBUG", "DIGEST"]);
+        (link == "up" && digest(&primary)? == digest(&replica)?).then_some(())
+    });
     // One Sentinel less, and the primary dies.
     let _ = sentinels.children[0].kill();
     let _ = sentinels.children[0].wait();
     let mut replica = replica;
     replica.kill();
     follow(&keys[3]);
-    assert_eq!(primary.connect().info("replication", "role"), "master");
+    let role: Option<String> = replication(&primary).unwrap().get("role");
+    assert_eq!(role.as_deref(), Some("master"));
     primary.connect().check_invariants(2);
     assert!(forwarder.is_alive());
 }

@@ -114,7 +114,7 @@ impl Code {
                 "HEADERS_TOO_LARGE",
                 431,
                 INVALID,
-                "The request's headers are longer than is allowed here.",
+                "The request's headers are longer, or more, than is allowed here.",
             ),
             Self::RequestTimeout => Row(
                 "REQUEST_TIMEOUT",

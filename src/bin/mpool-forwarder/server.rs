@@ -4,7 +4,7 @@
 
 use crate::answers::Code;
 use crate::client_io::{ClientIo, Exchange, Transport};
-use crate::config::{Config, Timeouts};
+use crate::config::Config;
 use crate::lender::{Lender, Seen};
 use crate::link::{Event, Link};
 use crate::metrics::Metrics;
@@ -262,7 +262,7 @@ async fn work(
         began: shared.began,
         complained_at: AtomicU64::new(0),
     });
-    let http = Http::new(config.limits.header);
+    let http = Arc::new(Http::new(config.limits.header));
     let graceful = GracefulShutdown::new();
     let (stop, stopping) = watch::channel(());
     while let Some((stream, place)) = waiting.recv().await {
@@ -271,18 +271,21 @@ async fn work(
         };
         let serving = Serving {
             proxy: Arc::clone(&proxy),
-            http: http.clone(),
-            timeouts: config.timeouts,
+            http: Arc::clone(&http),
+            shared: Arc::clone(shared),
             watcher: graceful.watcher(),
             stopping: stopping.clone(),
             place,
         };
-        let tls = tls.clone();
+        // Boxed, as the room that a beginning takes is not to stay for the
+        // connection's whole life.
+        let beginning = match &tls {
+            None => serving.plain(stream).boxed(),
+            Some(tls) => serving.secured(tls.clone(), stream).boxed(),
+        };
         tokio::spawn(async move {
-            match tls {
-                None => serving.plain(stream).await,
-                // Boxed, as the room for a handshake is large.
-                Some(tls) => Box::pin(serving.secured(tls, stream)).await,
+            if let Some(connection) = beginning.await {
+                connection.await;
             }
         });
     }
@@ -291,7 +294,6 @@ async fn work(
 }
 
 /// How HTTP is spoken with clients.
-#[derive(Clone)]
 struct Http {
     one: http1::Builder,
     two: http2::Builder<TokioExecutor>,
@@ -305,7 +307,8 @@ impl Http {
             .header_read_timeout(None)
             .auto_date_header(false)
             .preserve_header_case(true)
-            .max_headers(256)
+            // Copying a small piece costs less than a call with two of them.
+            .writev(false)
             .max_buf_size(max_header.max(8192));
         let mut two = http2::Builder::new(TokioExecutor::new());
         two.timer(TokioTimer::new())
@@ -325,38 +328,39 @@ impl Http {
 /// One connection's share of everything.
 struct Serving {
     proxy: Arc<Proxy>,
-    http: Http,
-    timeouts: Timeouts,
+    http: Arc<Http>,
+    shared: Arc<Shared>,
     watcher: Watcher,
     stopping: watch::Receiver<()>,
     place: Place,
 }
 
 impl Serving {
-    async fn plain(mut self, stream: TcpStream) {
-        let looking = tokio::time::timeout(self.timeouts.keepalive, begins_http2(&stream));
-        tokio::select! {
-            seen = looking => {
-                if let Ok(Ok(http2)) = seen {
-                    self.connection(stream, http2).await;
-                }
-            }
+    /// A connection whose client has begun to speak.
+    async fn plain(mut self, stream: TcpStream) -> Option<BoxFuture<'static, ()>> {
+        let looking =
+            tokio::time::timeout(self.shared.config.timeouts.keepalive, begins_http2(&stream));
+        let http2 = tokio::select! {
+            seen = looking => seen.ok()?.ok()?,
             // It has not begun a request, and is not to begin one now.
-            _ = self.stopping.changed() => {}
-        }
+            _ = self.stopping.changed() => return None,
+        };
+        Some(self.connection(stream, http2))
     }
 
-    async fn secured(mut self, tls: TlsAcceptor, stream: TcpStream) {
-        let handshake = tokio::time::timeout(self.timeouts.header, tls.accept(stream));
-        tokio::select! {
-            done = handshake => {
-                if let Ok(Ok(stream)) = done {
-                    let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
-                    self.connection(stream, http2).await;
-                }
-            }
-            _ = self.stopping.changed() => {}
-        }
+    async fn secured(
+        mut self,
+        tls: TlsAcceptor,
+        stream: TcpStream,
+    ) -> Option<BoxFuture<'static, ()>> {
+        let handshake =
+            tokio::time::timeout(self.shared.config.timeouts.header, tls.accept(stream));
+        let stream = tokio::select! {
+            done = handshake => done.ok()?.ok()?,
+            _ = self.stopping.changed() => return None,
+        };
+        let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+        Some(self.connection(stream, http2))
     }
 
     /// A connection to its end. No async fn: that would keep room for each step
@@ -371,7 +375,7 @@ impl Serving {
             stream,
             http2,
             Arc::clone(&exchange),
-            &self.timeouts,
+            &self.shared.config.timeouts,
             &self.proxy.metrics,
         );
         let io = TokioIo::new(client);

@@ -11,20 +11,21 @@ use crate::patience::Patience;
 use crate::upload::{Fault, Upload, UploadBody};
 use bytes::Bytes;
 use clap::ValueEnum;
-use futures_util::future::Either;
+use futures_util::future::{BoxFuture, Either, FutureExt};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
 use hyper::{Request, Response, Uri};
-use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder, MaybeHttpsStream};
 use hyper_util::client::legacy::connect::{Connection, HttpConnector};
-use hyper_util::rt::{TokioExecutor, TokioTimer};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use std::future::{Future, poll_fn};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
+use tokio::net::TcpStream;
 use tokio::time::Instant;
 use tower_service::Service;
 
@@ -165,7 +166,8 @@ impl Upstream {
         let mut http1 = http1::Builder::new();
         http1
             .preserve_header_case(true)
-            .max_headers(256)
+            // Copying a small piece costs less than a call with two of them.
+            .writev(false)
             .max_buf_size(limits.header.max(256 << 10));
         let mut http2 = http2::Builder::new(TokioExecutor::new());
         http2
@@ -225,7 +227,7 @@ impl Upstream {
             Channel::Http1(sender) => Either::Left(sender.try_send_request(request)),
             Channel::Http2(sender, _) => Either::Right(sender.try_send_request(request)),
         };
-        let outcome = self.0.wait(sending, upload).await?;
+        let outcome = self.0.wait(pin!(sending), upload).await?;
         let response = outcome.map_err(|mut error| match error.take_message() {
             Some(_) => SendError::Unsent,
             None => classify(error.error(), upload),
@@ -233,6 +235,13 @@ impl Upstream {
         Ok(response.map(|body| Download::new(body, channel, &self.0)))
     }
 }
+
+type Stream = MaybeHttpsStream<TokioIo<TcpStream>>;
+
+/// What HTTP/1 runs on.
+trait Transport: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static {}
+
+impl<T: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static> Transport for T {}
 
 impl Shared {
     fn free(&self) -> Option<Channel> {
@@ -259,39 +268,52 @@ impl Shared {
             Ok(Err(_)) => return Err(SendError::Connect),
             Ok(Ok(stream)) => stream,
         };
+        self.begin(stream).await
+    }
+
+    /// Begins to speak HTTP. No async fn: that would keep room for a stream of
+    /// either kind.
+    fn begin(&self, stream: Stream) -> BoxFuture<'_, Result<Channel, SendError>> {
         let http2 = self.protocol == Protocol::Http2 || stream.connected().is_negotiated_h2();
         self.over_http2.store(http2, Ordering::Relaxed);
-        if http2 {
-            let made = self.http2.handshake(stream).await;
-            let (sender, mut connection) = made.map_err(|_| SendError::Connect)?;
-            let most = Arc::new(AtomicUsize::new(MAX_STREAMS));
-            let streams = Arc::new(());
-            lock(&self.multiplexed).push(Multiplexed {
-                sender: sender.clone(),
-                streams: Arc::clone(&streams),
-                most: Arc::clone(&most),
-            });
-            tokio::spawn(poll_fn(move |cx| {
-                let polled = Pin::new(&mut connection).poll(cx);
-                most.store(connection.current_max_send_streams(), Ordering::Relaxed);
-                polled
-            }));
-            Ok(Channel::Http2(sender, streams))
-        } else {
-            let made = self.http1.handshake(stream).await;
-            let (sender, connection) = made.map_err(|_| SendError::Connect)?;
-            tokio::spawn(connection);
-            Ok(Channel::Http1(sender))
+        match stream {
+            stream if http2 => self.begin_http2(stream).boxed(),
+            MaybeHttpsStream::Http(stream) => self.begin_http1(stream).boxed(),
+            MaybeHttpsStream::Https(stream) => self.begin_http1(stream).boxed(),
         }
+    }
+
+    async fn begin_http1<S: Transport>(&self, stream: S) -> Result<Channel, SendError> {
+        let made = self.http1.handshake(stream).await;
+        let (sender, connection) = made.map_err(|_| SendError::Connect)?;
+        tokio::spawn(connection);
+        Ok(Channel::Http1(sender))
+    }
+
+    async fn begin_http2(&self, stream: Stream) -> Result<Channel, SendError> {
+        let made = self.http2.handshake(stream).await;
+        let (sender, mut connection) = made.map_err(|_| SendError::Connect)?;
+        let most = Arc::new(AtomicUsize::new(MAX_STREAMS));
+        let streams = Arc::new(());
+        lock(&self.multiplexed).push(Multiplexed {
+            sender: sender.clone(),
+            streams: Arc::clone(&streams),
+            most: Arc::clone(&most),
+        });
+        tokio::spawn(poll_fn(move |cx| {
+            let polled = Pin::new(&mut connection).poll(cx);
+            most.store(connection.current_max_send_streams(), Ordering::Relaxed);
+            polled
+        }));
+        Ok(Channel::Http2(sender, streams))
     }
 
     /// Waits for an answer, but not for ever.
     async fn wait<T>(
         &self,
-        sending: impl Future<Output = T>,
+        mut sending: Pin<&mut impl Future<Output = T>>,
         upload: &Upload,
     ) -> Result<T, SendError> {
-        let mut sending = std::pin::pin!(sending);
         let mut deadline = Instant::now() + self.response_timeout;
         let mut patience = Patience::shared();
         poll_fn(|cx| {
