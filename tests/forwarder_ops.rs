@@ -10,7 +10,7 @@ use proxy::{Answer, Client, Forwarder, Stage, Target, Upstream};
 use proxy::{Setup, chunked, request};
 use redis::Value;
 use std::collections::{BTreeMap, HashSet};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -1743,6 +1743,38 @@ fn clients_may_come_over_tls() {
     wait_for("all connections to go", || {
         (stage.forwarder.metric("mpool_connections") == Some(0.0)).then_some(())
     });
+}
+
+#[test]
+fn a_client_that_goes_is_seen_through_tls() {
+    let authority = Authority::new();
+    let identity = authority.issue("127.0.0.1");
+    let tls = ["--tls-cert", &identity.cert, "--tls-key", &identity.key];
+    let stage = Stage::with(Upstream::manual(), &tls);
+    let request = request("GET", "/", &stage.key, &[], b"");
+    for (says_so, answered) in [(true, false), (false, false), (true, true), (false, true)] {
+        let mut client = authority.connect(stage.forwarder.port);
+        client.write_all(&request).unwrap();
+        let mut exchange = stage.upstream.next();
+        if answered {
+            exchange.stream();
+            exchange.chunk("begun");
+            let mut some = [0; 1024];
+            assert_ne!(client.read(&mut some).unwrap(), 0);
+        }
+        if says_so {
+            client.conn.send_close_notify();
+            client.flush().unwrap();
+        }
+        let left = Instant::now();
+        drop(client);
+        let seen = exchange.wait_for_close(PATIENCE).unwrap();
+        let time = seen.saturating_duration_since(left);
+        assert!(
+            time < Duration::from_millis(100),
+            "{says_so} {answered}: {time:?}"
+        );
+    }
 }
 
 #[test]

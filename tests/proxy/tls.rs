@@ -9,8 +9,9 @@ use hyper::{Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::{ClientConnection, StreamOwned};
 use std::convert::Infallible;
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use tempfile::TempDir;
@@ -69,16 +70,7 @@ impl Authority {
         identity
     }
 
-    /// A GET over TLS to 127.0.0.1, in the HTTP version that is agreed on of
-    /// those offered: that version, the status and the body.
-    #[track_caller]
-    pub fn get(
-        &self,
-        port: u16,
-        offered: &[&str],
-        target: &str,
-        key: &str,
-    ) -> (String, u16, String) {
+    fn trust(&self, offered: &[&str]) -> rustls::ClientConfig {
         let mut roots = rustls::RootCertStore::empty();
         let own = CertificateDer::from_pem_file(self.file()).unwrap();
         roots.add(own).unwrap();
@@ -91,6 +83,29 @@ impl Authority {
             .iter()
             .map(|name| name.as_bytes().to_vec())
             .collect();
+        config
+    }
+
+    /// A connection to 127.0.0.1, for HTTP/1.1.
+    #[track_caller]
+    pub fn connect(&self, port: u16) -> StreamOwned<ClientConnection, TcpStream> {
+        let name = ServerName::try_from("127.0.0.1").unwrap();
+        let connection = ClientConnection::new(Arc::new(self.trust(&[])), name).unwrap();
+        let stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+        StreamOwned::new(connection, stream)
+    }
+
+    /// A GET over TLS to 127.0.0.1, in the HTTP version that is agreed on of
+    /// those offered: that version, the status and the body.
+    #[track_caller]
+    pub fn get(
+        &self,
+        port: u16,
+        offered: &[&str],
+        target: &str,
+        key: &str,
+    ) -> (String, u16, String) {
+        let config = self.trust(offered);
         let request = Request::get(format!("https://127.0.0.1:{port}{target}"))
             .header("authorization", format!("Bearer {key}"))
             .header("host", "front")

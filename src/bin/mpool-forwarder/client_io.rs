@@ -140,6 +140,12 @@ impl Transport for TlsStream<TcpStream> {
     }
 }
 
+/// Whether the other side has ended its part, as far as is known by now.
+fn is_closed(socket: &TcpStream) -> bool {
+    let seen = socket.ready(Interest::READABLE).now_or_never();
+    seen.is_some_and(|seen| seen.is_ok_and(|seen: Ready| seen.is_read_closed()))
+}
+
 /// A transport `S` with bounds.
 pub struct ClientIo<S> {
     inner: S,
@@ -311,6 +317,12 @@ impl<S: Transport> ClientIo<S> {
     /// the end lies behind what is unread, but the socket knows of it.
     fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if self.lookout.is_none() {
+            let socket = self.inner.socket();
+            if ready!(socket.poll_read_ready(cx)).is_err() || is_closed(socket) {
+                return Poll::Ready(());
+            }
+            // Something else is there to be read, which hides what comes behind it.
+
             let view = self.inner.socket().as_fd().try_clone_to_owned();
             let view = view
                 .map(std::net::TcpStream::from)
@@ -321,8 +333,7 @@ impl<S: Transport> ClientIo<S> {
             return Poll::Pending;
         };
         while ready!(lookout.poll_read_ready(cx)).is_ok() {
-            let seen = lookout.ready(Interest::READABLE).now_or_never();
-            if seen.is_some_and(|seen| seen.is_ok_and(|seen: Ready| seen.is_read_closed())) {
+            if is_closed(lookout) {
                 return Poll::Ready(());
             }
             // Nothing is read here: this waits for what the socket says next.

@@ -305,6 +305,8 @@ impl Http {
         one.timer(TokioTimer::new())
             // ClientIo has its own, which tells an idle client from a slow one.
             .header_read_timeout(None)
+            // ClientIo sees a client go as well, and sets no room aside to read meanwhile.
+            .half_close(true)
             .auto_date_header(false)
             .preserve_header_case(true)
             // Copying a small piece costs less than a call with two of them.
