@@ -959,12 +959,62 @@ fn what_is_no_http_is_refused() {
 }
 
 #[test]
-fn connect_is_not_forwarded() {
+fn connect_and_trace_are_not_forwarded() {
     let stage = Stage::new(Upstream::ok());
-    let mut client = stage.client();
-    client.ask("CONNECT", "elsewhere:443", &stage.key, &[], b"");
-    check_own(&client.answer(), "UNSUPPORTED", &stage.key);
+    for (method, target) in [("CONNECT", "elsewhere:443"), ("TRACE", "/"), ("TRACE", "*")] {
+        let mut client = stage.client();
+        client.ask(method, target, &stage.key, &[], b"");
+        check_own(&client.answer(), "UNSUPPORTED", &stage.key);
+    }
     assert_eq!(stage.upstream.count(), 0);
+}
+
+#[test]
+fn a_target_that_names_only_a_host_is_refused() {
+    let stage = Stage::new(Upstream::ok());
+    for target in ["elsewhere", "elsewhere:443", "127.0.0.1"] {
+        let answer = stage.get(target);
+        assert_eq!(answer.status(), 400, "{target}");
+        check_own(&answer, "BAD_REQUEST", &stage.key);
+    }
+    assert_eq!(stage.upstream.count(), 0);
+}
+
+#[test]
+fn an_upstreams_own_code_is_not_taken_for_the_forwarders() {
+    let stage = Stage::new(Upstream::answering(
+        "HTTP/1.1 503 No\r\nX-Mpool-Error: POOLFULL\r\nX-Other: 1\r\nContent-Length: 0\r\n\r\n",
+    ));
+    let answer = stage.get("/");
+    assert_eq!((answer.status(), answer.code()), (503, None));
+    assert_eq!(answer.header("x-other"), Some("1"));
+}
+
+#[test]
+fn requests_over_the_limit_are_told_on_one_connection_too() {
+    let stage = Stage::with(Upstream::manual(), &["--max-connections", "2"]);
+    let mut client = stage.forwarder.http2();
+    let mut begin = || {
+        let (feed, pending) = client.open("GET", "/", &stage.key, &[]);
+        feed.end();
+        pending
+    };
+    let first = (begin(), stage.upstream.next());
+    let second = (begin(), stage.upstream.next());
+    let mut answer = begin().answer();
+    assert_eq!(answer.status(), 503);
+    assert_eq!(answer.header("x-mpool-error"), Some("CONNECTIONS"));
+    answer.body();
+    first.1.ok();
+    assert_eq!(first.0.answer().body(), b"ok");
+    support::wait_for("the end of the first", || {
+        (stage.forwarder.metric("mpool_requests_in_flight") == Some(1.0)).then_some(())
+    });
+    let third = (begin(), stage.upstream.next());
+    for (pending, exchange) in [second, third] {
+        exchange.ok();
+        assert_eq!(pending.answer().status(), 200);
+    }
 }
 
 /// A round for requests that may hide another, `GET /hidden`, with a good key.
@@ -1222,6 +1272,10 @@ fn no_http2_request_hides_another() {
             "two lengths",
             vec![("content-length", "0"), ("content-length", "5")],
         ),
+        (
+            "the same length twice, and wrong",
+            vec![("content-length", "3"), ("content-length", "3")],
+        ),
         ("a length that is none", vec![("content-length", "0\r\n")]),
         (
             "a line end in a value",
@@ -1297,6 +1351,40 @@ fn no_http2_request_hides_another() {
         }
     }
     assert_eq!(stage.get("/").status(), 200);
+}
+
+#[test]
+fn an_http2_connection_of_which_nothing_is_taken_ends() {
+    let arguments = ["--send-timeout", "300ms", "--keepalive-timeout", "300ms"];
+    let upstream = Upstream::start(|exchange| exchange.respond(200, &[], &[b'x'; 1000]));
+    let stage = Stage::with(upstream, &arguments);
+    // SETTINGS_INITIAL_WINDOW_SIZE: the client takes heads, and no byte of a body.
+    let no_window = frame(SETTINGS, 0, 0, &[0, 4, 0, 0, 0, 0]);
+    for (what, key) in [("an answer", &*stage.key), ("a refusal", "sk-of-nobody")] {
+        let head = [
+            (":method", "GET"),
+            (":scheme", "http"),
+            (":path", "/"),
+            (":authority", "x"),
+            ("x-api-key", key),
+        ];
+        let head: Vec<u8> = head
+            .iter()
+            .flat_map(|(name, value)| field(name, value))
+            .collect();
+        let mut client = stage.client();
+        client.send("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n");
+        client.send(&no_window);
+        for stream in [1, 3] {
+            client.send(frame(HEADERS, END_HEADERS | END_STREAM, stream, &head));
+        }
+        let begun = Instant::now();
+        assert!(ended(client.wait_for_close(PATIENCE)), "{what}");
+        assert!(begun.elapsed() > Duration::from_millis(300), "{what}");
+    }
+    support::wait_for("the end of all requests", || {
+        (stage.forwarder.metric("mpool_requests_in_flight") == Some(0.0)).then_some(())
+    });
 }
 
 #[test]

@@ -7,7 +7,7 @@ mod proxy;
 mod support;
 
 use proxy::{Answer, Client, Exchange, Forwarder, Stage, Upstream, chunked, request};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier, Mutex};
 use std::time::{Duration, Instant, SystemTime};
@@ -423,7 +423,7 @@ fn a_body_beyond_what_is_kept_is_asked_for_again() {
 #[test]
 fn memory_for_bodies_is_given_back() {
     let arguments = ["--replay-body", "256KiB", "--replay-memory", "300KiB"];
-    let (stage, verdicts, first) = stage(&["a", "b"], &arguments);
+    let (stage, verdicts, _) = stage(&["a", "b"], &arguments);
     let body = vec![b'x'; 200_000];
     let mut client = stage.client();
     // Were any of it lost, the last one would find no room.
@@ -436,10 +436,13 @@ fn memory_for_bodies_is_given_back() {
     let mut gone = stage.client();
     gone.send(&request("POST", "/up", &stage.key, &[], &body)[..150_000]);
     gone.leave();
-    let current = good(&stage.get("/"));
+    // What the key said of its account has been found untrue: another one's word counts.
+    let key = stage.server.connect().pool_key();
+    let answer = stage.client().round("POST", "/up", &key, &[], &body);
+    let current = good(&answer);
     verdicts.refuse(&current, true);
-    let answer = stage.client().round("POST", "/up", &stage.key, &[], &body);
-    assert_ne!(good(&answer), current, "{first}");
+    let answer = stage.client().round("POST", "/up", &key, &[], &body);
+    assert_ne!(good(&answer), current);
 }
 
 #[test]
@@ -999,6 +1002,65 @@ fn requests_that_break_connections_do_not_drain_the_pool() {
     );
 }
 
+/// Ten accounts.
+const MANY: [&str; 10] = ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j"];
+
+fn cooled(server: &Server, accounts: &[&str]) -> usize {
+    let mut redis = server.connect();
+    let states = accounts.iter().map(|name| redis.state(name, unix_ms()));
+    states
+        .filter(|state| state.as_deref() == Some("cooldown"))
+        .count()
+}
+
+#[test]
+fn an_upstream_that_drops_most_connections_does_not_drain_the_pool() {
+    // Of any account alike: six of ten, scattered by a multiplicative hash.
+    let count = AtomicUsize::new(0);
+    let upstream = Upstream::start(move |exchange| {
+        let number = count.fetch_add(1, Ordering::Relaxed) as u32;
+        match number.wrapping_mul(2_654_435_769) >> 16 {
+            part if part < 0x999A => exchange.close(),
+            _ => exchange.ok(),
+        }
+    });
+    let stage = Stage::on(pool(&MANY), upstream, &[]);
+    let keys: Vec<String> = (0..12).map(|_| another_key(&stage.server).0).collect();
+    let mut outcomes = [0, 0];
+    for round in 0..30 {
+        for key in &keys {
+            let answer = stage.client().get("/", key);
+            let outcome = match (answer.status(), answer.code()) {
+                (200, None) => 0,
+                (502, Some("UPSTREAM")) => 1,
+                _ => panic!("{answer:?}"),
+            };
+            outcomes[outcome] += 1;
+        }
+        let out = cooled(&stage.server, &MANY);
+        assert!(out <= 2, "round {round}: {out} accounts are out");
+    }
+    assert!(outcomes.iter().all(|count| *count > 50), "{outcomes:?}");
+}
+
+#[test]
+fn an_upstream_that_is_now_and_then_out_of_reach_costs_no_account() {
+    let (mut stage, _, first) = stage(&["a", "b", "c"], &["--connect-timeout", "200ms"]);
+    let (other_key, other) = another_key(&stage.server);
+    assert_ne!(other, first);
+    let mut kept = stage.client();
+    for _ in 0..3 {
+        good(&kept.get("/", &other_key));
+        stage.upstream.stop();
+        for _ in 0..3 {
+            let answer = stage.get("/");
+            assert_eq!((answer.status(), answer.code()), (502, Some("UPSTREAM")));
+        }
+        stage.upstream.start_again();
+    }
+    assert_eq!(calls(&stage.server, "mpool.cooldown"), 0);
+}
+
 #[test]
 fn a_connection_that_was_closed_while_idle_is_nobodys_fault() {
     let (stage, _, account) = stage(&["a", "b"], &[]);
@@ -1014,6 +1076,59 @@ fn a_connection_that_was_closed_while_idle_is_nobodys_fault() {
         });
     }
     assert_eq!(calls(&stage.server, "mpool.cooldown"), 0);
+}
+
+#[test]
+fn bad_requests_whose_client_leaves_do_not_drain_the_pool() {
+    // How often each target has come.
+    let seen: Arc<Mutex<HashMap<String, usize>>> = Arc::default();
+    let counts = Arc::clone(&seen);
+    let upstream = Upstream::start(move |mut exchange| {
+        let count = {
+            let mut counts = counts.lock().unwrap();
+            let count = counts.entry(exchange.target.clone()).or_default();
+            *count += 1;
+            *count
+        };
+        match count {
+            1 => exchange.respond(401, &[], REFUSAL),
+            // And on another account not answered at all.
+            _ => drop(exchange.wait_for_close(PATIENCE)),
+        }
+    });
+    let stage = Stage::on(pool(ROOMY), upstream, &[]);
+    for round in 0..12 {
+        let target = format!("/{round}");
+        let mut client = stage.client();
+        client.ask("GET", &target, &stage.key, &[], b"");
+        client.patience(Duration::from_millis(10));
+        wait_for("a second attempt, or the refusal", || {
+            let count = seen.lock().unwrap().get(&target).copied();
+            (count == Some(2) || client.try_head().is_ok()).then_some(())
+        });
+        client.leave();
+    }
+    wait_for("the accounts to be back", || {
+        (cooled(&stage.server, ROOMY) == 0).then_some(())
+    });
+    assert_eq!(calls(&stage.server, "mpool.cooldown"), 2, "out and back");
+}
+
+#[test]
+fn bad_requests_with_bodies_that_are_not_kept_do_not_drain_the_pool() {
+    let (stage, _, _) = stage(ROOMY, &["--replay-body", "1KiB"]);
+    let body = vec![b'x'; 100_000];
+    for round in 0..12 {
+        let answer = stage.client().round("POST", "/bad", &stage.key, &[], &body);
+        match round {
+            // Whose fault it is can't be told from one account.
+            0 => assert_eq!((answer.status(), answer.code()), (503, Some("ACCOUNT"))),
+            _ => check_refusal(&answer),
+        }
+        // What is well on the next account does not make the key believed again.
+        good(&stage.get("/"));
+    }
+    assert_eq!(cooled(&stage.server, ROOMY), 1);
 }
 
 #[test]

@@ -98,6 +98,9 @@ fn mistakes(files: &Authority) -> Vec<(&'static str, Vec<String>)> {
         ("--upstream", "http://api.example.com/?key=s3cr3t-of-redis"),
         ("--upstream", "http://api.example.com/#s3cr3t-of-redis"),
         ("--upstream", "http://:s3cr3t-of-redis@api example.com"),
+        ("--upstream", "http://api.example.com:99999"),
+        ("--upstream", "http://api.example.com:0"),
+        ("--upstream", "http://api.example.com:"),
         ("--redis", "127.0.0.1:6379"),
         ("--redis", "http://:s3cr3t-of-redis@127.0.0.1"),
         ("--redis", "redis://:s3cr3t-of-redis@127.0.0.1:port"),
@@ -204,8 +207,20 @@ fn mistakes(files: &Authority) -> Vec<(&'static str, Vec<String>)> {
         "--tls-key",
         &["--tls-cert", &one.cert, "--tls-key", "/nowhere"],
     );
-    let taken = "127.0.0.1:18080";
-    row("--admin", &["--listen", taken, "--admin", taken]);
+    row("--cooldown", &["--cooldown", "999us"]);
+    let (one, all, other) = ("127.0.0.1:18080", "0.0.0.0:18080", "127.0.0.1:18081");
+    for (listen, admin) in [(one, one), (all, one), (one, all)] {
+        row("--admin", &["--listen", listen, "--admin", admin]);
+    }
+    for (listen, admin, upstream) in [
+        (one, other, "http://127.0.0.1:18080"),
+        (one, other, "http://localhost:18080/v1"),
+        (all, other, "http://127.0.0.1:18080"),
+        (one, other, "http://127.0.0.1:18081"),
+    ] {
+        let arguments = ["--listen", listen, "--admin", admin, "--upstream", upstream];
+        row("--upstream", &arguments);
+    }
     rows
 }
 
@@ -2029,6 +2044,51 @@ fn leases_seen_go_on_for_a_while_without_redis() {
     stage.server.kill();
     check_redis_is_away(&stage.client().get("/", &revoked));
     check_ok(&stage.client().get("/", &seen));
+}
+
+#[test]
+fn the_grace_ends_for_a_thread_that_is_cut_off_alone() {
+    let stage = Stage::on(durable(&[]), Upstream::ok(), &["--grace", "1s"]);
+    let mut redis = stage.server.connect();
+    // Connections go to the threads in turn.
+    let mut clients: Vec<_> = (0..4).map(|_| stage.client()).collect();
+    for client in &mut clients {
+        check_ok(&client.get("/", &stage.key));
+    }
+    wait_for_redis(&stage.forwarder);
+    // One of the links is cut, and Redis takes no connection any more.
+    let list: String = redis.run(&["CLIENT", "LIST", "TYPE", "normal"]);
+    let link = list
+        .lines()
+        .find(|line| line.contains("cmd=mpool.acquire"))
+        .and_then(|line| line.split(' ').next()?.strip_prefix("id="))
+        .expect("a link that has asked");
+    redis.ok(&["CONFIG", "SET", "maxclients", "1"]);
+    let cut: i64 = redis.run(&["CLIENT", "KILL", "ID", link]);
+    assert_eq!(cut, 1);
+    let begun = Instant::now();
+    let mut round = || {
+        let answers = clients.iter_mut().map(|client| client.get("/", &stage.key));
+        answers
+            .filter(|answer| match answer.status() {
+                200 => false,
+                _ => {
+                    check_redis_is_away(answer);
+                    true
+                }
+            })
+            .count()
+    };
+    // The other link's good answers don't prolong it.
+    let refused = wait_for("the grace's end", || match round() {
+        0 => None,
+        refused => Some(refused),
+    });
+    assert!(begun.elapsed() > Duration::from_millis(900));
+    assert!(refused < 4, "all threads are cut off");
+    redis.ok(&["CONFIG", "SET", "maxclients", "1000"]);
+    wait_for_redis(&stage.forwarder);
+    assert_eq!(round(), 0);
 }
 
 #[test]

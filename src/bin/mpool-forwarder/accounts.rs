@@ -12,9 +12,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 const FAILURES: u32 = 3;
 /// How often the cooldown doubles, and the most it grows to, in first cooldowns.
 const LONGEST: u32 = 10;
-/// For how long a key whose request two accounts refused is not believed, in ms:
-/// long enough that it can do no harm, short enough for one that met two dead accounts.
+/// For how long a key that had an account taken out of the pool is not believed,
+/// in ms, until another account has answered the same request well: long enough
+/// that it can do no harm, short enough for one that met two dead accounts.
 pub const DOUBT: u64 = 5000;
+/// The most that grows to, doubling from one offence to the next.
+const LONGEST_DOUBT: u64 = 640_000;
+/// Of so many accounts one may be out for broken connections at a time.
+const ONE_OUT_OF: usize = 5;
 /// Keys that are kept in mind at once.
 const MOST_SUSPECTS: usize = 10_000;
 
@@ -24,6 +29,8 @@ pub struct Account {
     pub name: Box<str>,
     /// When the upstream last answered with anything but a refusal; 0: never.
     well_at: AtomicU64,
+    /// When a connection last broke for it; 0: never.
+    failed_at: AtomicU64,
     trouble: Mutex<Trouble>,
     /// Held by the request that looks for another account, so that the others
     /// that were refused with it follow instead of doing the same again.
@@ -43,6 +50,8 @@ struct Trouble {
     cooldowns: u32,
     /// When the last one began.
     cooled_at: u64,
+    /// When the last one for broken connections ends.
+    broken_until: u64,
 }
 
 impl Account {
@@ -50,6 +59,7 @@ impl Account {
         Self {
             name: name.into(),
             well_at: AtomicU64::new(0),
+            failed_at: AtomicU64::new(0),
             trouble: Mutex::default(),
             turn: tokio::sync::Mutex::new(()),
         }
@@ -66,6 +76,7 @@ impl Account {
         if trouble.refused + trouble.failed + trouble.cooldowns > 0 {
             *trouble = Trouble {
                 cooled_at: trouble.cooled_at,
+                broken_until: trouble.broken_until,
                 ..Trouble::default()
             };
         }
@@ -73,6 +84,11 @@ impl Account {
 
     fn well_since(&self, then: u64) -> bool {
         let at = self.well_at.load(Ordering::Relaxed);
+        at != 0 && at >= then
+    }
+
+    fn failed_since(&self, then: u64) -> bool {
+        let at = self.failed_at.load(Ordering::Relaxed);
         at != 0 && at >= then
     }
 
@@ -109,10 +125,12 @@ impl Account {
         !self.trouble().by_several
     }
 
-    /// The account was put back.
+    /// The account was put back: nothing is held against it.
     pub fn put_back(&self) {
         let mut trouble = self.trouble();
         trouble.cooldowns = trouble.cooldowns.saturating_sub(1);
+        trouble.refused = 0;
+        trouble.by_several = false;
     }
 }
 
@@ -136,12 +154,19 @@ impl Trouble {
     }
 }
 
+/// For how long a key is not believed, in ms.
+#[derive(Debug, Clone, Copy)]
+struct Doubt {
+    until: u64,
+    span: u64,
+}
+
 /// All accounts that requests have met, and keys that are not believed.
 #[derive(Debug, Default)]
 pub struct Accounts {
     by_name: Mutex<HashMap<Box<str>, Arc<Account>>>,
-    /// Until when, by the keys' hashes.
-    suspects: Mutex<HashMap<u64, u64>>,
+    /// By the keys' hashes.
+    suspects: Mutex<HashMap<u64, Doubt>>,
     hasher: RandomState,
 }
 
@@ -150,7 +175,7 @@ impl Accounts {
         self.by_name.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn suspects(&self) -> MutexGuard<'_, HashMap<u64, u64>> {
+    fn suspects(&self) -> MutexGuard<'_, HashMap<u64, Doubt>> {
         self.suspects.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -169,39 +194,48 @@ impl Accounts {
         self.hasher.hash_one(key)
     }
 
-    /// What speaks against accounts is not believed of this key until `until`.
-    pub fn suspect(&self, key: u64, until: u64, now: u64) {
+    /// What speaks against accounts is not believed of this key for a while: at
+    /// least `least` ms, twice as long as the last time if that is not long ago.
+    pub fn doubt(&self, key: u64, least: u64, now: u64) {
         let mut suspects = self.suspects();
         if suspects.len() >= MOST_SUSPECTS {
-            suspects.retain(|_, until| *until > now);
+            suspects.retain(|_, doubt| doubt.until > now);
         }
-        if suspects.len() < MOST_SUSPECTS {
-            suspects.insert(key, until);
+        let recent = suspects
+            .get(&key)
+            .filter(|doubt| now < doubt.until.saturating_add(doubt.span));
+        let span = recent
+            .map_or(0, |doubt| doubt.span.saturating_mul(2).min(LONGEST_DOUBT))
+            .max(least);
+        let until = now.saturating_add(span);
+        if suspects.len() < MOST_SUSPECTS || suspects.contains_key(&key) {
+            suspects.insert(key, Doubt { until, span });
         }
     }
 
     pub fn is_suspect(&self, key: u64, now: u64) -> bool {
-        self.suspects().get(&key).is_some_and(|until| *until > now)
+        self.suspects()
+            .get(&key)
+            .is_some_and(|doubt| doubt.until > now)
     }
 
-    /// The key has got a good answer.
+    /// What the key said of an account has proved true.
     pub fn believe(&self, key: u64) {
-        let mut suspects = self.suspects();
-        if !suspects.is_empty() {
-            suspects.remove(&key);
-        }
+        self.suspects().remove(&key);
     }
 
-    /// A connection to the upstream broke, or could not be made, for a request
-    /// of this account. Answers for how long to cool it down, in units of the
-    /// first cooldown: when it has happened some times in a row, and another
-    /// account has been answered well meanwhile. Without the latter it is the
-    /// upstream as a whole, and the pool must not be drained for that.
-    pub fn failed(&self, account: &Account, now: u64) -> Option<u32> {
+    /// A connection to the upstream broke on a request of this account. Answers
+    /// for how long to cool it down, in units of the first cooldown of `unit` ms:
+    /// when it has happened some times in a row, while at least as many other
+    /// accounts were answered well and met no such thing as did, and few are out
+    /// for it already. Else it is the upstream as a whole, and the pool must not
+    /// be drained for that.
+    pub fn failed(&self, account: &Account, unit: u64, now: u64) -> Option<u32> {
+        account.failed_at.store(now.max(1), Ordering::Relaxed);
         let since = {
             let mut trouble = account.trouble();
             if trouble.failed == 0 {
-                trouble.failing_since = now;
+                trouble.failing_since = now.max(1);
             }
             trouble.failed += 1;
             if trouble.failed < FAILURES {
@@ -209,16 +243,25 @@ impl Accounts {
             }
             trouble.failing_since
         };
-        let others_are_well = self
-            .all()
-            .values()
-            .any(|other| other.name != account.name && other.well_since(since.max(1)));
-        if !others_are_well {
+        let all = self.all();
+        let (mut sound, mut failing, mut out) = (0, 0, 0);
+        for other in all.values().filter(|other| other.name != account.name) {
+            let is_out = other.trouble().broken_until > now;
+            out += usize::from(is_out);
+            // What is out has no say.
+            failing += usize::from(!is_out && other.failed_since(since));
+            sound += usize::from(other.well_since(since) && !other.failed_since(since));
+        }
+        let most_out = (all.len() / ONE_OUT_OF).max(1);
+        drop(all);
+        if sound == 0 || sound < failing || out >= most_out {
             return None;
         }
         let mut trouble = account.trouble();
         trouble.failed = 0;
-        Some(trouble.cool(now))
+        let units = trouble.cool(now);
+        trouble.broken_until = now.saturating_add(unit.saturating_mul(units.into()));
+        Some(units)
     }
 }
 
@@ -266,23 +309,40 @@ mod tests {
     }
 
     #[test]
-    fn a_suspect_is_believed_again_after_a_while_or_a_good_answer() {
+    fn a_suspect_is_believed_again_after_a_while_or_when_it_proves_right() {
         let accounts = Accounts::default();
         let (one, two) = (accounts.key(b"one"), accounts.key(b"two"));
-        accounts.suspect(one, 10, 5);
-        assert!(
-            accounts.is_suspect(one, 9)
-                && !accounts.is_suspect(one, 10)
-                && !accounts.is_suspect(two, 9)
-        );
+        let spans = |times: &[u64]| -> Vec<u64> {
+            let ends = |now: &u64| {
+                accounts.doubt(one, 10, *now);
+                (*now..).find(|at| !accounts.is_suspect(one, *at)).unwrap() - now
+            };
+            times.iter().map(ends).collect()
+        };
+        assert_eq!(spans(&[100, 105, 200]), [10, 20, 10]);
+        assert!(!accounts.is_suspect(two, 205));
         accounts.believe(one);
-        assert!(!accounts.is_suspect(one, 9));
+        assert!(!accounts.is_suspect(one, 205));
+        assert_eq!(spans(&[206]), [10]);
         for key in 0..MOST_SUSPECTS as u64 + 5 {
-            accounts.suspect(key, 100, 50);
+            accounts.doubt(key, 50, 250);
         }
         assert_eq!(accounts.suspects().len(), MOST_SUSPECTS);
-        accounts.suspect(one, 300, 200);
+        accounts.doubt(one, 100, 300);
         assert_eq!(accounts.suspects().len(), 1);
+        for _ in 0..100 {
+            accounts.doubt(one, 100, 300);
+        }
+        assert!(!accounts.is_suspect(one, 300 + LONGEST_DOUBT));
+    }
+
+    #[test]
+    fn an_account_that_was_put_back_begins_anew() {
+        let account = Account::new("a");
+        account.refused(1, 9);
+        account.put_back();
+        assert_eq!(account.refused(2, 10), 1);
+        assert!(account.is_innocent_beside_another());
     }
 
     #[test]
@@ -294,27 +354,70 @@ mod tests {
         }
         for now in 20..100 {
             for name in names {
-                assert_eq!(accounts.failed(&accounts.named(name), now), None);
+                assert_eq!(accounts.failed(&accounts.named(name), 1000, now), None);
             }
         }
+    }
+
+    #[test]
+    fn an_upstream_that_breaks_most_connections_does_not_drain_the_pool() {
+        let accounts = Accounts::default();
+        let all: Vec<_> = (0..10).map(|n| accounts.named(&n.to_string())).collect();
+        // Of ten requests six break, spread over the accounts alike.
+        let mut out = 0;
+        for now in 1..10_000_u64 {
+            let account = &all[(now % 10) as usize];
+            if (now / 10 * 7 + now * 3) % 10 < 6 {
+                out += u32::from(accounts.failed(account, 1_000_000, now).is_some());
+            } else {
+                account.well(now);
+            }
+        }
+        assert!(out <= 2, "{out}");
     }
 
     #[test]
     fn an_account_that_alone_keeps_failing_is_cooled() {
         let accounts = Accounts::default();
         let (a, b) = (accounts.named("a"), accounts.named("b"));
-        assert_eq!(accounts.failed(&a, 20), None);
+        let failed = |account: &Account, now| accounts.failed(account, 5, now);
+        assert_eq!(failed(&a, 20), None);
         b.well(21);
-        assert_eq!(accounts.failed(&a, 22), None);
-        assert_eq!(accounts.failed(&a, 23), Some(1));
+        assert_eq!(failed(&a, 22), None);
+        assert_eq!(failed(&a, 23), Some(1));
         // An answer in between begins the row anew.
-        accounts.failed(&a, 30);
+        failed(&a, 30);
         a.well(31);
         b.well(32);
-        assert_eq!(accounts.failed(&a, 33), None);
-        assert_eq!(accounts.failed(&a, 34), None);
-        assert_eq!(accounts.failed(&a, 35), None, "b has not been well since");
+        assert_eq!(failed(&a, 33), None);
+        assert_eq!(failed(&a, 34), None);
+        assert_eq!(failed(&a, 35), None, "b has not been well since");
         b.well(36);
-        assert_eq!(accounts.failed(&a, 37), Some(1));
+        assert_eq!(failed(&a, 37), Some(1));
+        // Not both at a time.
+        a.well(38);
+        assert_eq!([38, 39, 40].map(|now| failed(&b, now)), [None; 3]);
+        a.well(42);
+        assert_eq!(failed(&b, 42), Some(1), "a is back");
+    }
+
+    #[test]
+    fn two_accounts_of_many_may_fail() {
+        let accounts = Accounts::default();
+        let all: Vec<_> = (0..10).map(|n| accounts.named(&n.to_string())).collect();
+        let mut out = Vec::new();
+        for now in 1..10 {
+            for account in &all[2..] {
+                account.well(now);
+            }
+            for account in &all[..2] {
+                if accounts.failed(account, 1000, now).is_some() {
+                    out.push(&*account.name);
+                }
+            }
+        }
+        out.sort_unstable();
+        out.dedup();
+        assert_eq!(out, ["0", "1"]);
     }
 }

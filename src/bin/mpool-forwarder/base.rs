@@ -3,6 +3,7 @@
 use hyper::Uri;
 use hyper::header::HeaderValue;
 use hyper::http::uri::{Authority, Parts, PathAndQuery, Scheme};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::str::FromStr;
 
 /// The upstream's base URL.
@@ -35,6 +36,11 @@ impl FromStr for Base {
                 "--upstream must not hold a user or password: credentials are the accounts'".into(),
             );
         }
+        let host = authority.host();
+        let given = authority.as_str().strip_prefix(host).unwrap_or_default();
+        if !given.is_empty() && authority.port_u16().is_none_or(|port| port == 0) {
+            return Err("the port in --upstream must be from 1 to 65535".into());
+        }
         let path = parts
             .path_and_query
             .unwrap_or_else(|| PathAndQuery::from_static("/"));
@@ -62,6 +68,22 @@ impl Base {
     /// Where to connect to.
     pub fn origin(&self) -> Uri {
         self.join(&Uri::default(), true).unwrap_or_default()
+    }
+
+    /// Whether this is certainly what listens at `address` on this machine.
+    pub fn is_at(&self, address: SocketAddr) -> bool {
+        let host = self.authority.host();
+        let host = host.trim_start_matches('[').trim_end_matches(']');
+        let ip: Option<IpAddr> = match host {
+            "localhost" => Some(Ipv4Addr::LOCALHOST.into()),
+            host => host.parse().ok(),
+        };
+        let port = if self.is_tls() { 443 } else { 80 };
+        let port = self.authority.port_u16().unwrap_or(port);
+        let listening = address.ip();
+        port == address.port()
+            && ip
+                .is_some_and(|ip| ip == listening || listening.is_unspecified() && ip.is_loopback())
     }
 
     pub fn is_tls(&self) -> bool {
@@ -137,6 +159,10 @@ mod tests {
             "http://u:p@h",
             "http://h/?q=1",
             "http://h/#f",
+            "http://h:99999",
+            "http://h:0",
+            "http://h:",
+            "http://[::1]:70000",
         ] {
             assert!(bad.parse::<Base>().is_err(), "{bad}");
         }

@@ -12,8 +12,8 @@ use smallvec::SmallVec;
 use std::io::{self, IoSlice};
 use std::os::fd::AsFd;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf, Ready};
@@ -34,6 +34,15 @@ pub struct Exchange {
     requests: AtomicU64,
     /// Whether the head that came last may hold a Content-Length.
     may_have_length: AtomicBool,
+    turns: Mutex<Turns>,
+}
+
+/// Answers that wait for the client to take more of them.
+#[derive(Debug, Default)]
+struct Turns {
+    waiting: u32,
+    /// When one began or ceased to wait.
+    changed: Option<Instant>,
 }
 
 impl Default for Exchange {
@@ -42,6 +51,7 @@ impl Default for Exchange {
             active: AtomicU32::new(0),
             requests: AtomicU64::new(0),
             may_have_length: AtomicBool::new(true),
+            turns: Mutex::default(),
         }
     }
 }
@@ -61,10 +71,58 @@ impl Exchange {
         Active(Arc::clone(self))
     }
 
+    fn turns(&self) -> MutexGuard<'_, Turns> {
+        self.turns.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How long nothing has happened here because each answer that is under way
+    /// waits for the client.
+    fn untaken(&self) -> Option<Duration> {
+        let turns = self.turns();
+        let all = turns.waiting > 0 && turns.waiting >= self.active.load(Ordering::Relaxed);
+        let changed = turns.changed.filter(|_| all)?;
+        Some(changed.elapsed())
+    }
+
     /// Whether the request's head may hold a Content-Length. The library drops
     /// it without a word beside a Transfer-Encoding.
     pub fn take_may_have_length(&self) -> bool {
         self.may_have_length.swap(true, Ordering::Relaxed)
+    }
+}
+
+/// Whose turn it is with one answer over HTTP/2: the client's, to take what
+/// there is, or the forwarder's, to have more of it. The client's at first.
+#[derive(Debug)]
+pub struct Turn {
+    exchange: Arc<Exchange>,
+    clients: bool,
+}
+
+impl Turn {
+    pub fn begin(exchange: &Arc<Exchange>) -> Self {
+        let mut turn = Self {
+            exchange: Arc::clone(exchange),
+            clients: false,
+        };
+        turn.set(true);
+        turn
+    }
+
+    pub fn set(&mut self, clients: bool) {
+        if !clients && !self.clients {
+            return;
+        }
+        let mut turns = self.exchange.turns();
+        turns.waiting = turns.waiting + u32::from(clients) - u32::from(self.clients);
+        turns.changed = Some(Instant::now());
+        self.clients = clients;
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.set(false);
     }
 }
 
@@ -232,14 +290,24 @@ impl<S: Transport> ClientIo<S> {
         }
     }
 
-    /// Whether the client has been silent for too long, and was in the middle of
-    /// a head.
+    /// Whether the client has been silent for too long, or takes nothing of what it
+    /// is sent, and whether it was in the middle of a head.
     fn poll_silence(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
         if !self.is_idle() {
+            // What a client leaves untaken is cut off after the one span; from then
+            // on the connection is as good as idle, which is bound by the other.
+            let most = self.bounds.send.saturating_add(self.bounds.keepalive);
+            if self.exchange.untaken().is_some_and(|time| time >= most) {
+                return Poll::Ready(false);
+            }
             // Nobody else wakes this when the answer is out.
-            let _ = self
-                .patience
-                .poll(Instant::now() + self.bounds.keepalive, cx);
+            let while_untaken = if self.is_http2 {
+                self.bounds.send / 2
+            } else {
+                Duration::MAX
+            };
+            let next = self.bounds.keepalive.min(while_untaken);
+            let _ = self.patience.poll(Instant::now() + next, cx);
             return Poll::Pending;
         }
         match self.head_since {
@@ -322,7 +390,6 @@ impl<S: Transport> ClientIo<S> {
                 return Poll::Ready(());
             }
             // Something else is there to be read, which hides what comes behind it.
-
             let view = self.inner.socket().as_fd().try_clone_to_owned();
             let view = view
                 .map(std::net::TcpStream::from)

@@ -98,9 +98,12 @@ pub fn prepare(headers: &mut HeaderMap) -> bool {
     takes_trailers
 }
 
-/// What HTTP/1 needs besides.
+/// What HTTP/1 needs besides. HTTP/2 may repeat a length.
 pub fn for_http1(headers: &mut HeaderMap, host: &HeaderValue, takes_trailers: bool) {
     headers.insert(HOST, host.clone());
+    if let Some(length) = headers.get(CONTENT_LENGTH).cloned() {
+        headers.insert(CONTENT_LENGTH, length);
+    }
     if takes_trailers {
         headers.insert(TE, HeaderValue::from_static("trailers"));
         headers.insert(CONNECTION, HeaderValue::from_static("TE"));
@@ -131,13 +134,15 @@ pub fn strip_trailers(trailers: &mut HeaderMap) {
 }
 
 /// Whether a request's framing is one that everybody reads the same way: no
-/// transfer coding, or `chunked` alone.
+/// transfer coding, or `chunked` alone, and one length.
 pub fn framing_is_plain(headers: &HeaderMap) -> bool {
     let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
     let first = codings
         .next()
         .is_none_or(|coding| coding.as_bytes().eq_ignore_ascii_case(b"chunked"));
-    first && codings.next().is_none()
+    let mut lengths = headers.get_all(CONTENT_LENGTH).iter();
+    let length = lengths.next();
+    first && codings.next().is_none() && lengths.all(|other| Some(other) == length)
 }
 
 /// HTTP/2 may split a cookie header, HTTP/1 may not (RFC 9113 section 8.2.3).

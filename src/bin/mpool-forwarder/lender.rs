@@ -10,7 +10,7 @@ use hashbrown::HashMap;
 use hyper::header::HeaderValue;
 use redis::Value;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// The longest client key, in bytes, as the module has it.
 const KEY_MAX: usize = 256;
@@ -103,7 +103,6 @@ struct Known {
 /// What all threads know of the leases.
 pub struct Seen {
     by_key: Mutex<HashMap<Box<str>, Known>>,
-    outage: Mutex<Option<Instant>>,
     grace: Duration,
 }
 
@@ -111,7 +110,6 @@ impl Seen {
     pub fn new(grace: Duration) -> Self {
         Self {
             by_key: Mutex::new(HashMap::new()),
-            outage: Mutex::new(None),
             grace,
         }
     }
@@ -120,14 +118,9 @@ impl Seen {
         self.by_key.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn outage(&self) -> MutexGuard<'_, Option<Instant>> {
-        self.outage.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// The lease to go on with while Redis can't be asked.
-    fn in_grace(&self, key: &str, now: i64) -> Option<Grant> {
-        let since = *self.outage().get_or_insert_with(Instant::now);
-        if since.elapsed() >= self.grace {
+    fn in_grace(&self, key: &str, outage: Duration, now: i64) -> Option<Grant> {
+        if outage >= self.grace {
             return None;
         }
         let lease = self
@@ -205,7 +198,7 @@ impl Lender {
         let denied = match self.link.ask(&words).await {
             Ok(reply) => match error_in(&reply) {
                 None => {
-                    self.heard();
+                    self.link.heard();
                     return self.granted(key, &reply);
                 }
                 Some(error) => refused(error),
@@ -217,21 +210,14 @@ impl Lender {
             },
         };
         if denied.code == Code::Redis {
-            return self.seen.in_grace(key, clock()).ok_or(denied);
+            let outage = self.link.outage();
+            return self.seen.in_grace(key, outage, clock()).ok_or(denied);
         }
-        self.heard();
+        self.link.heard();
         if matches!(denied.code, Code::NoKey | Code::Revoked | Code::Expired) {
             self.seen.forget(key);
         }
         Err(denied)
-    }
-
-    /// Redis has given a verdict: whatever outage there was is over.
-    fn heard(&self) {
-        let mut outage = self.seen.outage();
-        if outage.is_some() {
-            *outage = None;
-        }
     }
 
     fn granted(&self, key: &str, reply: &[u8]) -> Result<Grant, Denied> {

@@ -11,6 +11,7 @@ use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -54,6 +55,17 @@ struct Question {
 #[derive(Clone)]
 pub struct Link {
     questions: mpsc::UnboundedSender<Question>,
+    outage: Arc<Outage>,
+}
+
+/// Since when Redis has given no verdict.
+#[derive(Debug, Default)]
+struct Outage(Mutex<Option<Instant>>);
+
+impl Outage {
+    fn since(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Link {
@@ -65,7 +77,9 @@ impl Link {
         said: impl Fn(Event) + Send + Sync + 'static,
     ) -> Self {
         let (questions, waiting) = mpsc::unbounded_channel();
+        let outage = Arc::new(Outage::default());
         let keeper = Keeper {
+            outage: Arc::clone(&outage),
             patience,
             waiting,
             pending: VecDeque::new(),
@@ -73,7 +87,20 @@ impl Link {
             said,
         };
         tokio::spawn(keeper.run(target));
-        Self { questions }
+        Self { questions, outage }
+    }
+
+    /// Redis has given a verdict on this connection: whatever outage there was is over.
+    pub fn heard(&self) {
+        *self.outage.since() = None;
+    }
+
+    /// How long it has given none, from when the connection was lost, or from now.
+    pub fn outage(&self) -> Duration {
+        self.outage
+            .since()
+            .get_or_insert_with(Instant::now)
+            .elapsed()
     }
 
     /// Asks Redis; the reply may be an error of Redis's. A question whose
@@ -95,6 +122,7 @@ impl Link {
 
 /// The task that has the connection.
 struct Keeper<S> {
+    outage: Arc<Outage>,
     patience: Duration,
     waiting: mpsc::UnboundedReceiver<Question>,
     /// Questions that wait for a connection.
@@ -130,6 +158,7 @@ impl<S: Fn(Event) + Send + Sync + 'static> Keeper<S> {
                     let (over, answered) = self.converse(stream).await;
                     (self.said)(Event::Lost);
                     self.lost_at = Instant::now();
+                    self.outage.since().get_or_insert(self.lost_at);
                     if matches!(over, Over::Closed) {
                         return;
                     }

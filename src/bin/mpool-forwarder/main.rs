@@ -173,11 +173,11 @@ fn local(listener: &TcpListener) -> String {
         .map_or_else(|error| error.to_string(), |address| address.to_string())
 }
 
-/// A connection takes two files, one to each side.
+/// A connection takes two files, one to each side, and now and then a third.
 fn allow_files(connections: usize) {
     let wanted = u64::try_from(connections)
         .unwrap_or(u64::MAX)
-        .saturating_mul(2)
+        .saturating_mul(3)
         .saturating_add(256);
     match rlimit::increase_nofile_limit(wanted) {
         Ok(got) if got < wanted => tracing::warn!(

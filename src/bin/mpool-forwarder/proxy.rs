@@ -2,9 +2,9 @@
 //! and back; and once more on another account when the first one is refused.
 
 use crate::accounts::{Account, DOUBT};
-use crate::answers::Code;
+use crate::answers::{CODE_HEADER, Code};
 use crate::base::Base;
-use crate::client_io::{Active, Exchange};
+use crate::client_io::{Active, Exchange, Turn};
 use crate::config::Limits;
 use crate::headers::{self, GivenKey};
 use crate::lender::{Denied, Grant, Lender, State};
@@ -91,12 +91,17 @@ impl Proxy {
         let may_have_length = exchange.take_may_have_length();
         let active = exchange.begin();
         let (parts, body) = request.into_parts();
+        let over_http2 = parts.version == Version::HTTP_2;
+        let turn = || over_http2.then(|| Turn::begin(exchange));
         let mut report = Report::begin(&self.metrics, &parts.method, &parts.uri);
         let plain = headers::framing_is_plain(&parts.headers);
         // RFC 9112 section 6.1: where a length came with a coding, nothing that
         // follows on the connection is to be trusted.
         let last = !plain || may_have_length && parts.headers.contains_key(TRANSFER_ENCODING);
-        let admitted = if plain {
+        let admitted = if self.metrics.in_flight.get() > self.most_in_flight() {
+            // One connection of HTTP/2 may carry many.
+            Err(Code::Connections.into())
+        } else if plain {
             self.admit(&parts, &body, &mut report).await
         } else {
             Err(Code::BadRequest.into())
@@ -112,7 +117,7 @@ impl Proxy {
                 if !parts.headers.contains_key(EXPECT) {
                     upload::discard(body, Some(exchange.hold()));
                 }
-                answer(own, report, active)
+                answer(own, report, active, turn())
             }
         };
         if last {
@@ -137,8 +142,13 @@ impl Proxy {
         if headers::size(target, &parts.headers) > self.limits.header {
             return Err(Code::HeadersTooLarge.into());
         }
-        if parts.method == Method::CONNECT {
+        // RFC 9110 section 9.3.8: TRACE would show the credential to the client.
+        if matches!(parts.method, Method::CONNECT | Method::TRACE) {
             return Err(Code::Unsupported.into());
+        }
+        // `GET host` is CONNECT's form of a target.
+        if parts.uri.authority().is_some() && parts.uri.scheme().is_none() {
+            return Err(Code::BadRequest.into());
         }
         let key: Box<[u8]> = match headers::client_key(&parts.headers) {
             GivenKey::One(key) => key.into(),
@@ -204,9 +214,10 @@ impl Proxy {
         };
         order.extensions.remove::<hyper::upgrade::OnUpgrade>();
         report.upload(&order.upload);
+        let turn = || order.over_http2.then(|| Turn::begin(exchange));
         match self.exchange(&order, grant, &mut report).await {
-            Ok(response) => self.relay(response, &order, report, active),
-            Err(own) => answer(own, report, active),
+            Ok(response) => self.relay(response, &order, report, active, turn()),
+            Err(own) => answer(own, report, active, turn()),
         }
     }
 
@@ -216,18 +227,21 @@ impl Proxy {
         order: &Order,
         mut report: Report,
         active: Active,
+        turn: Option<Turn>,
     ) -> Response<Reply> {
         order.upload.forget();
         report.answered(response.status().as_u16());
         let (mut parts, body) = response.into_parts();
         headers::strip_hop_by_hop(&mut parts.headers);
+        // It says that an answer is the forwarder's own.
+        parts.headers.remove(CODE_HEADER);
         parts.version = Version::HTTP_11;
         let bounds = Bounds {
             silence: self.stream_timeout,
             untaken: order.over_http2.then_some(self.send_timeout),
         };
         let relay = Relay::new(body, report, bounds);
-        Response::from_parts(parts, Reply::upstream(relay, active))
+        Response::from_parts(parts, Reply::upstream(relay, active, turn))
     }
 
     /// Sends the request; once more on another account where the first is
@@ -252,19 +266,21 @@ impl Proxy {
                     if response.status() != StatusCode::UNAUTHORIZED || grant.lease.bound =>
                 {
                     account.well(self.now());
-                    self.lender.accounts.believe(order.who);
+                    if let Some(charge) = tried.charge {
+                        charge.prove(order.who);
+                    }
                     return Ok(response);
                 }
                 Ok(response) => {
                     self.metrics.upstream_error(&account.name, "401");
                     if tried.another_account {
-                        Box::pin(self.refused_by_two(order, &account, tried.cooled)).await;
+                        self.refused_by_two(order, &account, tried.charge);
                         return Ok(response);
                     }
                     match Box::pin(self.replace(order, &grant, sent_at)).await {
-                        Replacement::Grant(next, cooled) => {
+                        Replacement::Grant(next, charge) => {
                             tried.another_account = true;
-                            tried.cooled = cooled.then_some(account);
+                            tried.charge = charge;
                             grant = next;
                         }
                         Replacement::None(own) => return Err(own),
@@ -275,6 +291,9 @@ impl Proxy {
                         return Err(of_fault(fault).into());
                     }
                     if !order.upload.in_hand() {
+                        if let Some(charge) = tried.charge {
+                            self.leave_unproved(order, charge);
+                        }
                         return Err(Own {
                             code: Code::Account,
                             retry_after: Some(1),
@@ -332,7 +351,9 @@ impl Proxy {
         grant: &Grant,
         http2: bool,
     ) -> Result<Request<UploadBody>, SendError> {
-        let mut request = Request::new(order.upload.body().ok_or(SendError::Broke)?);
+        let body = order.upload.body().ok_or(SendError::Broke)?;
+        let announced = body.size_hint().exact().is_some() || body.is_end_stream();
+        let mut request = Request::new(body);
         *request.method_mut() = order.method.clone();
         *request.uri_mut() = self
             .base
@@ -348,6 +369,10 @@ impl Proxy {
             headers::for_http1(headers, &self.base.host, order.takes_trailers);
         }
         headers::put_credential(headers, grant.lease.scheme, grant.lease.credential.clone());
+        // The library sends the body of a GET only where something announces it.
+        if !http2 && !announced {
+            headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+        }
         if order.expects_continue {
             order.upload.withhold();
             let upload = order.upload.clone();
@@ -373,7 +398,7 @@ impl Proxy {
                 });
             }
             Ok(grant) if grant.lease.credential != refused.lease.credential => {
-                return Replacement::Grant(grant, false);
+                return Replacement::Grant(grant, None);
             }
             Ok(_) => {}
             Err(own) => return Replacement::None(own),
@@ -384,31 +409,50 @@ impl Proxy {
             return Replacement::Innocent;
         }
         let units = account.refused(order.who, now);
+        self.lender.accounts.doubt(order.who, DOUBT, now);
+        let charge = Charge {
+            lender: self.lender.clone(),
+            account: Some(Arc::clone(account)),
+        };
         if !self.cool(account, units, "the upstream answered 401").await {
+            charge.stand();
             return Replacement::Innocent;
         }
         match self.acquire(&order.key).await {
             Ok(grant) if grant.lease.credential != refused.lease.credential => {
-                Replacement::Grant(grant, true)
+                Replacement::Grant(grant, Some(charge))
             }
-            Ok(_) => Replacement::Innocent,
-            Err(_) if account.may_be_innocent() => {
-                self.lender.accounts.suspect(order.who, now + DOUBT, now);
-                self.put_back(account).await;
+            Ok(_) => {
+                charge.stand();
                 Replacement::Innocent
             }
-            Err(own) => Replacement::None(own),
+            Err(_) if account.may_be_innocent() => {
+                charge.drop_now().await;
+                Replacement::Innocent
+            }
+            Err(own) => {
+                charge.stand();
+                Replacement::None(own)
+            }
         }
     }
 
     /// A second account has refused the request too: it may well be the request.
-    async fn refused_by_two(&self, order: &Order, second: &Account, first: Option<Arc<Account>>) {
-        let now = self.now();
+    fn refused_by_two(&self, order: &Order, second: &Account, charge: Option<Charge>) {
         second.refused_too(order.who);
-        self.lender.accounts.suspect(order.who, now + DOUBT, now);
-        if let Some(first) = first.filter(|first| first.is_innocent_beside_another()) {
-            self.put_back(&first).await;
+        match charge {
+            // Without a verdict, it falls.
+            Some(charge) => drop(charge),
+            None => self.lender.accounts.doubt(order.who, DOUBT, self.now()),
         }
+    }
+
+    /// The request can't be sent again, so no other account can say whether it
+    /// is at fault. The key is not to cost another account as long as this one is out.
+    fn leave_unproved(&self, order: &Order, charge: Charge) {
+        let span = self.cooldown_ms().max(DOUBT);
+        self.lender.accounts.doubt(order.who, span, self.now());
+        charge.stand();
     }
 
     /// Answers whether the account has been cooled down.
@@ -416,14 +460,15 @@ impl Proxy {
         let (account, accounts) = (&grant.lease.account, &self.lender.accounts);
         let now = self.now();
         // A key that has cost one account must have got an answer before it costs the next.
-        if grant.lease.bound || error == SendError::Timeout || accounts.is_suspect(order.who, now) {
+        // What happens before anything is sent, or for want of time, is no account's doing.
+        let its_own = matches!(error, SendError::Broke | SendError::Garbage);
+        if grant.lease.bound || !its_own || accounts.is_suspect(order.who, now) {
             return false;
         }
-        let Some(units) = accounts.failed(account, now) else {
+        let Some(units) = accounts.failed(account, self.cooldown_ms(), now) else {
             return false;
         };
-        let span = u64::try_from(self.cooldown.as_millis()).unwrap_or(u64::MAX);
-        accounts.suspect(order.who, now.saturating_add(span), now);
+        accounts.doubt(order.who, self.cooldown_ms(), now);
         self.cool(account, units, "connections to the upstream keep failing")
             .await
     }
@@ -447,16 +492,12 @@ impl Proxy {
         cooled
     }
 
-    async fn put_back(&self, account: &Account) {
-        if self.lender.cooldown(&account.name, 0, "").await {
-            account.put_back();
-            let name = &*account.name;
-            tracing::warn!(
-                event = "put-back",
-                account = name,
-                "Account {name} is back in the pool: it seems to be the request that is refused"
-            );
-        }
+    fn cooldown_ms(&self) -> u64 {
+        u64::try_from(self.cooldown.as_millis()).unwrap_or(u64::MAX)
+    }
+
+    fn most_in_flight(&self) -> i64 {
+        i64::try_from(self.limits.connections).unwrap_or(i64::MAX)
     }
 
     /// Whether the log may have one more line that says what each request's line
@@ -481,14 +522,64 @@ impl Proxy {
 struct Tried {
     another_account: bool,
     another_connection: bool,
-    /// The account that this request has had taken out of the pool.
-    cooled: Option<Arc<Account>>,
+    /// Against the account that this request has had taken out of the pool.
+    charge: Option<Charge>,
+}
+
+/// What a request says of an account that it has had taken out of the pool. It
+/// falls when no other account has borne it out, also when the client has left
+/// meanwhile: then the account is put back, unless other keys' requests say the
+/// same.
+struct Charge {
+    lender: Lender,
+    /// Nothing once that is settled.
+    account: Option<Arc<Account>>,
+}
+
+impl Charge {
+    /// Another account has answered the same request well.
+    fn prove(self, key: u64) {
+        self.lender.accounts.believe(key);
+        self.stand();
+    }
+
+    /// The account stays out.
+    fn stand(mut self) {
+        self.account = None;
+    }
+
+    async fn drop_now(mut self) {
+        if let Some(account) = self.account.take() {
+            put_back(self.lender.clone(), account).await;
+        }
+    }
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        let account = self.account.take();
+        if let Some(account) = account.filter(|account| account.is_innocent_beside_another()) {
+            tokio::spawn(put_back(self.lender.clone(), account));
+        }
+    }
+}
+
+async fn put_back(lender: Lender, account: Arc<Account>) {
+    if lender.cooldown(&account.name, 0, "").await {
+        account.put_back();
+        let name = &*account.name;
+        tracing::warn!(
+            event = "put-back",
+            account = name,
+            "Account {name} is back in the pool: it seems to be the request that is refused"
+        );
+    }
 }
 
 /// What becomes of a request whose account was refused.
 enum Replacement {
-    /// Another account; whether this request had the first one cooled down.
-    Grant(Grant, bool),
+    /// Another account, and what is held against the first one.
+    Grant(Grant, Option<Charge>),
     None(Own),
     /// The refusal is the client's to see.
     Innocent,
@@ -509,8 +600,8 @@ fn expects_continue(headers: &HeaderMap) -> bool {
         .is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"))
 }
 
-fn answer(own: Own, mut report: Report, active: Active) -> Response<Reply> {
+fn answer(own: Own, mut report: Report, active: Active, turn: Option<Turn>) -> Response<Reply> {
     let response = own.code.response(own.retry_after);
     report.own(own.code, response.body().size_hint().exact().unwrap_or(0));
-    response.map(|body| Reply::own(body, active))
+    response.map(|body| Reply::own(body, active, turn))
 }

@@ -1,7 +1,7 @@
 //! The answer's body on its way down: passed on frame by frame, with an eye on
 //! silence and on how it ended. Dropping it drops the upstream's stream.
 
-use crate::client_io::Active;
+use crate::client_io::{Active, Turn};
 use crate::patience::Patience;
 use crate::report::{End, Report};
 use crate::upstream::Download;
@@ -13,11 +13,14 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 /// What a client is sent.
 pub struct Reply {
     body: Source,
+    /// Over HTTP/2, where a client may leave untaken what it likes.
+    turn: Option<Turn>,
     _active: Active,
 }
 
@@ -31,17 +34,19 @@ enum Source {
 }
 
 impl Reply {
-    pub fn upstream(relay: Relay, active: Active) -> Self {
+    pub fn upstream(relay: Relay, active: Active, turn: Option<Turn>) -> Self {
         Self {
             body: Source::Upstream(relay),
+            turn,
             _active: active,
         }
     }
 
     /// An answer of the forwarder's own.
-    pub fn own(body: Full<Bytes>, active: Active) -> Self {
+    pub fn own(body: Full<Bytes>, active: Active, turn: Option<Turn>) -> Self {
         Self {
             body: Source::Own(body),
+            turn,
             _active: active,
         }
     }
@@ -91,7 +96,19 @@ pub struct Bounds {
 
 enum Live {
     Own(Download),
-    Watched(Arc<Watched>),
+    Watched {
+        watched: Arc<Watched>,
+        _watcher: Watcher,
+    },
+}
+
+/// The task that looks after a body. It ends with this value.
+struct Watcher(JoinHandle<()>);
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 /// A body that is dropped when the client takes nothing of it: then nobody asks
@@ -113,16 +130,17 @@ impl Watched {
         self.slot.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn start(live: Download, limit: Duration) -> Arc<Self> {
+    fn start(live: Download, limit: Duration) -> Live {
         let slot = Slot {
             live: Some(live),
-            handed: None,
+            // The answer's head has been.
+            handed: Some(Instant::now()),
         };
         let watched = Arc::new(Self {
             slot: Mutex::new(slot),
         });
         let weak = Arc::downgrade(&watched);
-        tokio::spawn(async move {
+        let watching = tokio::spawn(async move {
             loop {
                 tokio::time::sleep(limit / 4).await;
                 let Some(watched) = weak.upgrade() else {
@@ -135,7 +153,10 @@ impl Watched {
                 }
             }
         });
-        watched
+        Live::Watched {
+            watched,
+            _watcher: Watcher(watching),
+        }
     }
 }
 
@@ -143,7 +164,7 @@ impl Live {
     fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
         let polled = match self {
             Self::Own(live) => Pin::new(live).poll_frame(cx),
-            Self::Watched(watched) => {
+            Self::Watched { watched, .. } => {
                 let mut slot = watched.lock();
                 let Some(live) = &mut slot.live else {
                     return Poll::Ready(Some(Err(Broken::Untaken)));
@@ -159,7 +180,7 @@ impl Live {
     fn with<T>(&self, look: impl Fn(&Download) -> T) -> Option<T> {
         match self {
             Self::Own(live) => Some(look(live)),
-            Self::Watched(watched) => watched.lock().live.as_ref().map(look),
+            Self::Watched { watched, .. } => watched.lock().live.as_ref().map(look),
         }
     }
 }
@@ -169,7 +190,7 @@ impl Relay {
         let left = live.size_hint().exact();
         let over = live.is_end_stream();
         let live = match bounds.untaken {
-            Some(limit) if !over => Live::Watched(Watched::start(live, limit)),
+            Some(limit) if !over => Watched::start(live, limit),
             _ => Live::Own(live),
         };
         let mut relay = Self {
@@ -246,12 +267,17 @@ impl Body for Reply {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
-        match &mut self.get_mut().body {
+        let this = self.get_mut();
+        let polled = match &mut this.body {
             Source::Upstream(relay) => Pin::new(relay).poll_frame(cx),
             Source::Own(body) => Pin::new(body)
                 .poll_frame(cx)
                 .map_err(|never| match never {}),
+        };
+        if let Some(turn) = &mut this.turn {
+            turn.set(matches!(polled, Poll::Ready(Some(Ok(_)))));
         }
+        polled
     }
 
     fn is_end_stream(&self) -> bool {

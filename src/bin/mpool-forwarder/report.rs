@@ -318,19 +318,21 @@ fn token_length(text: &str) -> usize {
     let mut at = 0;
     while let Some(byte) = bytes.get(at) {
         at += match byte {
-            b'%' if matches!(
-                bytes.get(at + 1..at + 3),
-                Some(b"2D" | b"2d" | b"5F" | b"5f")
-            ) =>
-            {
-                3
-            }
-            b'-' | b'_' => 1,
-            byte if byte.is_ascii_alphanumeric() => 1,
+            b'%' if escaped(bytes.get(at + 1..at + 3)).is_some_and(may_be_in_a_key) => 3,
+            byte if may_be_in_a_key(*byte) => 1,
             _ => break,
         };
     }
     at
+}
+
+fn may_be_in_a_key(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_')
+}
+
+/// The byte that two hexadecimal digits stand for.
+fn escaped(digits: Option<&[u8]>) -> Option<u8> {
+    u8::from_str_radix(std::str::from_utf8(digits?).ok()?, 16).ok()
 }
 
 #[cfg(test)]
@@ -366,6 +368,11 @@ mod tests {
         let digits = "0123456789abcdef".repeat(4);
         assert_eq!(shown(&format!("/a/{digits}/b")), "/a/0123.../b");
         assert_eq!(shown(&format!("/a/sk%2Dcli%2Dv1%2D{digits}")), "/a/sk%2...");
+        let escaped: String = format!("sk-cli-v1-{digits}")
+            .bytes()
+            .map(|byte| format!("%{byte:02x}"))
+            .collect();
+        assert_eq!(shown(&format!("/{escaped}/b")), "/%73%.../b");
         assert_eq!(
             shown("/v1/files/0b1f1c5e-7c1d-4c7e-9a57-3f6d3c1f2a11"),
             "/v1/files/0b1f1c5e-7c1d-4c7e-9a57-3f6d3c1f2a11"

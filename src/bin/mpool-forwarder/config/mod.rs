@@ -329,12 +329,23 @@ fn check(flags: Flags) -> Result<Config, String> {
                 "--admin must be an address such as 127.0.0.1:8081, or off".to_owned()
             })?),
         };
-    if admin == Some(flags.listen) && flags.listen.port() != 0 {
+    let collide = |one: SocketAddr, other: SocketAddr| {
+        let any = one.ip().is_unspecified() || other.ip().is_unspecified();
+        one.port() != 0 && one.port() == other.port() && (any || one.ip() == other.ip())
+    };
+    if admin.is_some_and(|admin| collide(admin, flags.listen)) {
         return Err("--listen and --admin are the same address; each needs its own".into());
     }
     let upstream = flags.upstream.filter(|url| !url.is_empty());
     let upstream = upstream.ok_or("--upstream (MPOOL_UPSTREAM) is missing: the API's base URL, such as https://api.example.com")?;
     let upstream: Base = upstream.parse()?;
+    if [Some(flags.listen), admin]
+        .into_iter()
+        .flatten()
+        .any(|own| upstream.is_at(own))
+    {
+        return Err("--upstream is this forwarder itself: it must be the API's base URL".into());
+    }
     if upstream.is_tls() && flags.upstream_protocol == Protocol::Http2 {
         return Err(
             "--upstream-protocol http2 is for http:// alone; over TLS, auto negotiates it".into(),
@@ -390,6 +401,9 @@ fn check(flags: Flags) -> Result<Config, String> {
     ];
     if let Some((name, _)) = nonzero.iter().find(|(_, value)| value.is_zero()) {
         return Err(format!("{name} must be more than nothing"));
+    }
+    if flags.cooldown < Duration::from_millis(1) {
+        return Err("--cooldown must be 1ms or longer".into());
     }
     Ok(Config {
         listen: flags.listen,
