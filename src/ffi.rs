@@ -8,7 +8,7 @@
 
 use crate::errors::Failure;
 use redis_module::logging::RedisLogLevel;
-use redis_module::{Context, RedisString, Status, raw};
+use redis_module::{Context, ContextFlags, RedisString, Status, raw};
 use std::any::Any;
 use std::cell::Cell;
 use std::ffi::{CStr, CString, c_char, c_int, c_long, c_longlong, c_void};
@@ -128,6 +128,12 @@ impl<'a> Call<'a> {
     pub(crate) fn reply(&self) -> Reply {
         self.replied.set(true);
         Reply { ctx: self.ctx.ctx }
+    }
+
+    /// Whether the client may be put on hold: not within MULTI or a script.
+    pub(crate) fn may_block(&self) -> bool {
+        let forbidden = ContextFlags::DENY_BLOCKING | ContextFlags::MULTI | ContextFlags::LUA;
+        !self.ctx.get_flags().intersects(forbidden)
     }
 
     /// Puts the client on hold; the reply is given later, from any thread.

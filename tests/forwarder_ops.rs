@@ -57,7 +57,7 @@ fn promptly<T>(work: impl FnOnce() -> T) -> T {
 // Configuration
 
 /// The flags that take a duration, and whether it may be none at all.
-const DURATIONS: [(&str, bool); 11] = [
+const DURATIONS: [(&str, bool); 12] = [
     ("--redis-timeout", false),
     ("--connect-timeout", false),
     ("--response-timeout", false),
@@ -69,6 +69,7 @@ const DURATIONS: [(&str, bool); 11] = [
     ("--cooldown", false),
     ("--drain-timeout", true),
     ("--grace", true),
+    ("--lease-cache", true),
 ];
 
 fn variable(flag: &str) -> String {
@@ -1268,7 +1269,8 @@ fn metrics_count_what_happened() {
         _ => exchange.ok(),
     });
     let server = Options::default().accounts(&["one", "worn"]).start();
-    let stage = Stage::on(server, upstream, &["--threads", "1"]);
+    let arguments = ["--threads", "1", "--lease-cache", "1h"];
+    let stage = Stage::on(server, upstream, &arguments);
     let before = stage.forwarder.admin("/metrics");
     assert_eq!(
         before.header("content-type"),
@@ -1315,8 +1317,10 @@ fn metrics_count_what_happened() {
         ("mpool_connections", 1.0),
         // Answered by the upstream, those that broke and still stream too.
         ("mpool_time_to_first_byte_seconds_count", 6.0),
-        // Two look-ups more to replace the account; none without a key.
-        ("mpool_acquire_seconds_count", 10.0),
+        // The first request, two look-ups more to replace its account, the unknown
+        // key, and two until the lease is known to stay; none without a key.
+        ("mpool_acquire_seconds_count", 6.0),
+        ("mpool_leases_known_total", 4.0),
         ("mpool_failovers_total", 1.0),
         ("mpool_grace_total", 0.0),
         ("mpool_redis_connections_up", 2.0),
@@ -2044,6 +2048,250 @@ fn leases_seen_go_on_for_a_while_without_redis() {
     stage.server.kill();
     check_redis_is_away(&stage.client().get("/", &revoked));
     check_ok(&stage.client().get("/", &seen));
+}
+
+/// How often the pool has been asked for an account, by whomever.
+fn asked(server: &Server) -> u64 {
+    server
+        .connect()
+        .info("mpool", "mpool_acquires")
+        .parse()
+        .unwrap()
+}
+
+/// Requests until the forwarder knows the lease.
+#[track_caller]
+fn make_known(stage: &Stage<Upstream>, client: &mut proxy::Client, key: &str) -> Answer {
+    // Twice, once Redis tells of changes: it may be told so after the first request.
+    wait_for("a lease that is known", || {
+        let before = asked(&stage.server);
+        let answer = client.get("/", key);
+        check_ok(&answer);
+        (asked(&stage.server) == before).then_some(answer)
+    })
+}
+
+/// Answers with the token.
+fn telling() -> Upstream {
+    Upstream::start(|exchange| {
+        let token = exchange.token().unwrap();
+        exchange.respond(200, &[], token.as_bytes());
+    })
+}
+
+#[test]
+fn a_lease_that_is_known_to_stay_is_not_asked_for() {
+    let stage = Stage::with(telling(), &["--lease-cache", "1h"]);
+    let mut client = stage.client();
+    let answer = make_known(&stage, &mut client, &stage.key);
+    let before = asked(&stage.server);
+    for _ in 0..100 {
+        assert_eq!(client.get("/", &stage.key).body, answer.body);
+    }
+    assert_eq!(asked(&stage.server), before);
+    let known = stage.forwarder.metric("mpool_leases_known_total");
+    assert!(known >= Some(101.0), "{known:?}");
+}
+
+#[test]
+fn a_known_lease_ends_with_what_it_rests_on() {
+    type Change = fn(&Stage<Upstream>, &mut support::Client, &str);
+    // What is changed, and the code that follows; none: another account.
+    let changes: [(&str, Change, Option<&str>); 8] = [
+        (
+            "revoked",
+            |_, redis, key| redis.ok(&["MPOOL.REVOKE", key]),
+            Some("REVOKED"),
+        ),
+        (
+            "revoked by hand",
+            |_, redis, key| {
+                let name = format!("client_keys:{key}");
+                let _: i64 = redis.run(&["HSET", &name, "active", "false"]);
+            },
+            Some("REVOKED"),
+        ),
+        (
+            "deleted",
+            |_, redis, key| {
+                let _: i64 = redis.run(&["DEL", &format!("client_keys:{key}")]);
+            },
+            Some("NOKEY"),
+        ),
+        (
+            "expired by hand",
+            |_, redis, key| {
+                let name = format!("client_keys:{key}");
+                let _: i64 = redis.run(&["HSET", &name, "expires_at", "1"]);
+            },
+            Some("EXPIRED"),
+        ),
+        (
+            "flushed",
+            |_, redis, _| redis.ok(&["FLUSHALL"]),
+            Some("NOKEY"),
+        ),
+        (
+            "its account cools down",
+            |_, redis, key| {
+                let account = redis.holds(key).unwrap();
+                let now = unix_ms().to_string();
+                redis.ok(&["MPOOL.COOLDOWN", "medium", &account, &now, "60000"]);
+            },
+            None,
+        ),
+        (
+            "its account is deleted",
+            |stage, redis, key| {
+                let account = redis.holds(key).unwrap();
+                stage.server.remove_account(&format!("medium/{account}"));
+                redis.ok(&["MPOOL.RELOAD"]);
+            },
+            None,
+        ),
+        (
+            "the connection breaks meanwhile",
+            |_, redis, key| {
+                redis.run::<i64>(&["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"]);
+                redis.ok(&["MPOOL.REVOKE", key]);
+            },
+            Some("REVOKED"),
+        ),
+    ];
+    for (what, change, code) in changes {
+        println!("{what}");
+        let arguments = ["--threads", "1", "--lease-cache", "1h"];
+        let server = Options::default().accounts(&["a", "b"]).start();
+        let stage = Stage::on(server, telling(), &arguments);
+        let mut redis = stage.server.connect();
+        let mut client = stage.client();
+        let before = make_known(&stage, &mut client, &stage.key);
+        change(&stage, &mut redis, &stage.key);
+        let began = Instant::now();
+        wait_for(what, || {
+            let after = client.get("/", &stage.key);
+            let told = after.code() == code && after.body != before.body;
+            // Only REVOKE waits for Redis to have told of it.
+            assert!(told || what != "revoked", "{after:?}");
+            told.then_some(())
+        });
+        assert!(began.elapsed() < Duration::from_secs(1), "{what}");
+    }
+}
+
+#[test]
+fn a_revoked_key_is_never_served() {
+    let stage = Stage::with(Upstream::ok(), &["--lease-cache", "1h"]);
+    let mut redis = stage.server.connect();
+    let mut clients = [stage.client(), stage.client()];
+    for _ in 0..300 {
+        let key = redis.pool_key();
+        for client in &mut clients {
+            for _ in 0..3 {
+                check_ok(&client.get("/", &key));
+            }
+        }
+        redis.ok(&["MPOOL.REVOKE", &key]);
+        for client in &mut clients {
+            assert_eq!(client.get("/", &key).code(), Some("REVOKED"));
+        }
+    }
+}
+
+#[test]
+fn a_known_lease_is_asked_for_again_in_time() {
+    // A new token is no change of a key.
+    let stage = Stage::with(telling(), &["--threads", "1", "--lease-cache", "300ms"]);
+    let mut client = stage.client();
+    let before = make_known(&stage, &mut client, &stage.key);
+    let account = stage.server.connect().holds(&stage.key).unwrap();
+    let fresh = r#"{"access_token": "a-new-token"}"#;
+    stage
+        .server
+        .write_account(&format!("medium/{account}"), fresh);
+    stage.server.connect().ok(&["MPOOL.RELOAD"]);
+    let began = Instant::now();
+    let after = wait_for("the new token", || {
+        let answer = client.get("/", &stage.key);
+        (answer.body != before.body).then_some(answer)
+    });
+    assert_eq!(after.body, b"a-new-token");
+    assert!(began.elapsed() < Duration::from_secs(2));
+}
+
+#[test]
+fn a_known_lease_rotates_in_time() {
+    let server = Options::default().module(&["rotation-ms", "1500"]);
+    let server = server.accounts(&["a", "b"]).start();
+    let stage = Stage::on(
+        server,
+        telling(),
+        &["--threads", "1", "--lease-cache", "1h"],
+    );
+    let mut client = stage.client();
+    let begun = Instant::now();
+    let before = make_known(&stage, &mut client, &stage.key);
+    wait_for("the rotation", || {
+        (client.get("/", &stage.key).body != before.body).then_some(())
+    });
+    assert!(begun.elapsed() < Duration::from_secs(3));
+}
+
+#[test]
+fn every_request_asks_where_changes_are_not_told_of() {
+    let server = Options::default().accounts(&["a", "b"]).start();
+    let mut redis = server.connect();
+    for (user, rights) in [
+        ("no-hello", vec!["+mpool.acquire"]),
+        ("no-tracking", vec!["+mpool.acquire", "+hello"]),
+        (
+            "no-reading",
+            vec!["+mpool.acquire", "+hello", "+client|tracking"],
+        ),
+    ] {
+        let mut words = vec!["ACL", "SETUSER", user, "on", ">secret-of-redis", "~*", "&*"];
+        words.extend(rights);
+        redis.ok(&words);
+        let upstream = telling();
+        let forwarder = Forwarder::between(&server, &upstream)
+            .args(&["--redis-user", user, "--lease-cache", "1h"])
+            .env("MPOOL_REDIS_PASSWORD", "secret-of-redis")
+            .start();
+        let key = redis.pool_key();
+        let mut client = forwarder.client();
+        let before = asked(&server);
+        for _ in 0..5 {
+            check_ok(&client.get("/", &key));
+        }
+        assert_eq!(asked(&server) - before, 5, "{user}");
+    }
+    // Nor where that is not wanted.
+    let stage = Stage::on(server, telling(), &["--lease-cache", "0s"]);
+    let before = asked(&stage.server);
+    for _ in 0..5 {
+        check_ok(&stage.get("/"));
+    }
+    assert_eq!(asked(&stage.server) - before, 5);
+}
+
+#[test]
+fn an_outage_is_a_new_one_also_for_a_thread_that_was_not_asked_between() {
+    let mut stage = Stage::on(
+        durable(&[]),
+        Upstream::ok(),
+        &["--grace", "1s", "--threads", "1"],
+    );
+    check_ok(&stage.get("/"));
+    for _ in 0..2 {
+        stage.server.kill();
+        check_ok(&stage.get("/"));
+        std::thread::sleep(Duration::from_millis(1200));
+        check_redis_is_away(&stage.get("/"));
+        stage.server.launch();
+        wait_for("the connections to Redis", || {
+            (stage.forwarder.metric("mpool_redis_connections_up") == Some(2.0)).then_some(())
+        });
+    }
 }
 
 #[test]

@@ -366,9 +366,10 @@ fn the_service_starts_a_forwarder_with_the_user_that_is_shown() {
     let (server, mut client) = server();
     let readme = text_of(READMES[0]);
     let (_, user) = readme.split_once("redis-cli -p 6380 ACL SETUSER ").unwrap();
-    let user = user.lines().next().unwrap().replace('\'', "");
+    let (user, _) = user.split_once("```").unwrap();
+    let user = user.replace(['\'', '\\'], "");
     let mut words = vec!["ACL", "SETUSER"];
-    words.extend(user.split(' '));
+    words.extend(user.split_whitespace());
     client.ok(&words);
 
     let unit = blocks(&readme, "ini").concat();
@@ -889,10 +890,18 @@ fn the_proxys_user_may_do_what_it_must_and_no_more() {
             "1000",
         ]);
         proxy.ok(&["MPOOL.STATUS"]);
+        // So that the forwarder is told of changes.
+        let registration = format!("client_keys:{key}");
+        assert_eq!(proxy.run::<i64>(&["EXISTS", &registration]), 1);
+        proxy.ok(&["HELLO", "3"]);
+        proxy.ok(&["CLIENT", "TRACKING", "ON"]);
         for refused in [
             &["MPOOL.KEYGEN", "medium", "POOL"][..],
             &["MPOOL.REVOKE", &key],
             &["GET", "medium_pool:slots:one"],
+            &["HGETALL", &registration],
+            &["EXISTS", "medium_pool:slots:one"],
+            &["CLIENT", "LIST"],
             &["KEYS", "*"],
             &["MONITOR"],
             &["SLOWLOG", "GET"],

@@ -6,7 +6,6 @@ use crate::errors::Failure;
 use crate::ffi::{Call, Command, Reply, Spec};
 use crate::node;
 use crate::pool::Tier;
-use redis_module::ContextFlags;
 
 pub(crate) struct Reload;
 
@@ -23,11 +22,7 @@ impl Command for Reload {
     };
 
     fn run(call: &Call<'_>) -> Result<(), Failure> {
-        if call
-            .ctx
-            .get_flags()
-            .intersects(ContextFlags::DENY_BLOCKING | ContextFlags::MULTI | ContextFlags::LUA)
-        {
+        if !call.may_block() {
             return Err(Failure::CannotWait);
         }
         node::prepare(&call.ctx)?;

@@ -4,13 +4,14 @@
 use crate::accounts::{Account, Accounts};
 use crate::answers::Code;
 use crate::headers::Scheme;
+use crate::known::{LEASE, Look, REGISTRATION};
 use crate::link::{Link, Unreachable};
 use bytes::Bytes;
 use hashbrown::HashMap;
 use hyper::header::HeaderValue;
 use redis::Value;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// The longest client key, in bytes, as the module has it.
 const KEY_MAX: usize = 256;
@@ -187,12 +188,53 @@ pub fn clock() -> i64 {
 }
 
 impl Lender {
-    /// The account for a key.
+    /// The account for a key, if it need not be asked for: [`Look::Lease`].
+    pub fn look(&self, key: &[u8]) -> Look {
+        match client_key(key) {
+            Some(key) => self.link.known.look(key, Instant::now(), clock()),
+            None => Look::Ask,
+        }
+    }
+
+    /// Have Redis asked for this key the next time.
+    pub fn forget(&self, key: &[u8]) {
+        if let Some(key) = client_key(key) {
+            self.link.known.forget(key);
+        }
+    }
+
+    /// The account for a key, from Redis, which may tell of changes to it
+    /// from then on.
     ///
     /// # Errors
     /// [`Denied`] when the key is refused, no account is free, or Redis can't be
     /// asked and no lease may be used without it.
-    pub async fn acquire(&self, key: &[u8]) -> Result<Grant, Denied> {
+    pub async fn acquire(&self, key: &[u8], look: Look) -> Result<Grant, Denied> {
+        let ticket = match look {
+            Look::Lease(grant) => return Ok(grant),
+            Look::Ask => return self.ask(key).await,
+            Look::Track(ticket) => ticket,
+        };
+        let Some(text) = client_key(key) else {
+            return self.ask(key).await;
+        };
+        // Redis remembers who has read which keys.
+        let names = [REGISTRATION, LEASE].map(|kind| format!("{kind}{text}"));
+        let [registration, lease] = names.each_ref().map(|name| name.as_bytes());
+        let reading = self.link.send(&[b"EXISTS", registration, lease]);
+        let grant = self.ask(key).await?;
+        let read = reading.await;
+        if read.is_ok_and(|reply| reply.starts_with(b":")) {
+            self.link.known.learn(text, ticket, &grant);
+        }
+        Ok(grant)
+    }
+
+    /// The account for a key, from Redis.
+    ///
+    /// # Errors
+    /// As [`Self::acquire`].
+    pub async fn ask(&self, key: &[u8]) -> Result<Grant, Denied> {
         let key = client_key(key).ok_or(Denied::of(Code::NoKey, "the key can't be one"))?;
         let words: [&[u8]; 4] = [b"MPOOL.ACQUIRE", key.as_bytes(), b"*", b"WITHTOKEN"];
         let denied = match self.link.ask(&words).await {
@@ -341,13 +383,20 @@ struct Fields {
 
 impl Fields {
     fn of(reply: &[u8]) -> Option<Self> {
-        let Ok(Value::Array(items)) = redis::parse_redis_value(reply) else {
-            return None;
-        };
         let mut fields = Self::default();
-        let mut items = items.into_iter();
-        while let (Some(name), Some(value)) = (items.next(), items.next()) {
-            fields.set(&name, value);
+        match redis::parse_redis_value(reply).ok()? {
+            Value::Map(pairs) => {
+                for (name, value) in pairs {
+                    fields.set(&name, value);
+                }
+            }
+            Value::Array(items) => {
+                let mut items = items.into_iter();
+                while let (Some(name), Some(value)) = (items.next(), items.next()) {
+                    fields.set(&name, value);
+                }
+            }
+            _ => return None,
         }
         Some(fields)
     }

@@ -4,12 +4,14 @@
 //! until then every question is answered at once that Redis can't be asked.
 
 use crate::config::RedisTarget;
+use crate::known::Known;
 use crate::patience::Patience;
 use crate::resp;
 use bytes::{Buf, Bytes, BytesMut};
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::io;
+use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
@@ -56,6 +58,7 @@ struct Question {
 pub struct Link {
     questions: mpsc::UnboundedSender<Question>,
     outage: Arc<Outage>,
+    pub known: Arc<Known>,
 }
 
 /// Since when Redis has given no verdict.
@@ -74,11 +77,14 @@ impl Link {
     pub fn start(
         target: RedisTarget,
         patience: Duration,
+        known: Known,
         said: impl Fn(Event) + Send + Sync + 'static,
     ) -> Self {
         let (questions, waiting) = mpsc::unbounded_channel();
         let outage = Arc::new(Outage::default());
+        let known = Arc::new(known);
         let keeper = Keeper {
+            known: Arc::clone(&known),
             outage: Arc::clone(&outage),
             patience,
             waiting,
@@ -87,7 +93,11 @@ impl Link {
             said,
         };
         tokio::spawn(keeper.run(target));
-        Self { questions, outage }
+        Self {
+            questions,
+            outage,
+            known,
+        }
     }
 
     /// Redis has given a verdict on this connection: whatever outage there was is over.
@@ -109,19 +119,28 @@ impl Link {
     /// # Errors
     /// [`Unreachable`], promptly.
     pub async fn ask(&self, words: &[&[u8]]) -> Answer {
+        self.send(words).await
+    }
+
+    /// The same; the question is on its way even before the answer is waited for.
+    pub fn send(&self, words: &[&[u8]]) -> impl Future<Output = Answer> + use<> {
         let (answer, answered) = oneshot::channel();
         let question = Question {
             command: resp::command(words),
             answer,
             again: false,
         };
-        self.questions.send(question).map_err(|_| NOT_CONNECTED)?;
-        answered.await.unwrap_or(Err(NOT_CONNECTED))
+        let sent = self.questions.send(question);
+        async move {
+            sent.map_err(|_| NOT_CONNECTED)?;
+            answered.await.unwrap_or(Err(NOT_CONNECTED))
+        }
     }
 }
 
 /// The task that has the connection.
 struct Keeper<S> {
+    known: Arc<Known>,
     outage: Arc<Outage>,
     patience: Duration,
     waiting: mpsc::UnboundedReceiver<Question>,
@@ -156,6 +175,7 @@ impl<S: Fn(Event) + Send + Sync + 'static> Keeper<S> {
                     (self.said)(Event::Up);
                     told = false;
                     let (over, answered) = self.converse(stream).await;
+                    self.known.end();
                     (self.said)(Event::Lost);
                     self.lost_at = Instant::now();
                     self.outage.since().get_or_insert(self.lost_at);
@@ -183,7 +203,9 @@ impl<S: Fn(Event) + Send + Sync + 'static> Keeper<S> {
     ) -> Result<Result<Stream, &'static str>, Over> {
         let patience = self.patience;
         // Asking Sentinels takes more than one step.
-        let connecting = timeout(patience * 3, open(target, patience));
+        let (known, outage) = (Arc::clone(&self.known), Arc::clone(&self.outage));
+        let opening = async { open(target, patience, &known, &outage).await };
+        let connecting = timeout(patience * 3, opening);
         Ok(self
             .refuse_while(connecting)
             .await?
@@ -225,6 +247,7 @@ impl<S: Fn(Event) + Send + Sync + 'static> Keeper<S> {
             asked: VecDeque::new(),
             patience: Patience::new(),
             answered: false,
+            known: Arc::clone(&self.known),
         };
         let asked_before: Vec<Question> = self.pending.drain(..).collect();
         for question in asked_before {
@@ -276,6 +299,7 @@ struct Talk {
     asked: VecDeque<(Question, Instant)>,
     patience: Patience,
     answered: bool,
+    known: Arc<Known>,
 }
 
 impl Talk {
@@ -338,6 +362,10 @@ impl Talk {
             }
             while let Some(length) = resp::reply_length(&self.came).map_err(|_| End::Broke)? {
                 let reply = self.came.split_to(length).freeze();
+                if reply.starts_with(b">") {
+                    self.known.told(&reply);
+                    continue;
+                }
                 let demoted = reply.starts_with(b"-READONLY") || reply.starts_with(b"-MASTERDOWN");
                 // What nobody asked for can't be matched with a question.
                 let (question, _) = self.asked.pop_front().ok_or(End::Broke)?;
@@ -347,6 +375,7 @@ impl Talk {
                     return Err(End::NotPrimary);
                 }
             }
+            self.known.in_part(!self.came.is_empty());
         }
     }
 }
@@ -359,7 +388,12 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Transport for T {}
 
 /// Connects and logs in. Answers why it can't, in words that hold nothing of
 /// what was sent.
-async fn open(target: &mut RedisTarget, patience: Duration) -> Result<Stream, &'static str> {
+async fn open(
+    target: &mut RedisTarget,
+    patience: Duration,
+    known: &Known,
+    outage: &Outage,
+) -> Result<Stream, &'static str> {
     let (host, port) = target.address().await?;
     let connecting = tokio::net::TcpStream::connect((host.as_str(), port));
     let stream = timeout(patience, connecting)
@@ -370,6 +404,7 @@ async fn open(target: &mut RedisTarget, patience: Duration) -> Result<Stream, &'
         _ => "the connection can't be made",
     })?;
     let _ = stream.set_nodelay(true);
+    let line = stream.as_fd().try_clone_to_owned();
     let mut stream: Stream = match &target.tls {
         None => Box::new(stream),
         Some(connector) => {
@@ -392,7 +427,33 @@ async fn open(target: &mut RedisTarget, patience: Duration) -> Result<Stream, &'
     }
     // A user may lack the right to this; it is for those who look at CLIENT LIST.
     ask_alone(&mut stream, patience, &[b"CLIENT", b"SETNAME", NAME]).await?;
+    // The next outage is another one, also where no request comes until then. Only
+    // a primary that has the pool knows that there is no such key.
+    let is_out = outage.since().is_some();
+    if is_out {
+        let question: [&[u8]; 3] = [b"MPOOL.ACQUIRE", b"-", b"*"];
+        let verdict = ask_alone(&mut stream, patience, &question).await?;
+        if verdict.starts_with(b"-NOKEY") {
+            *outage.since() = None;
+        }
+    }
+    // Nor need it be allowed to be told of changes: then every request asks.
+    if known.is_wanted()
+        && let Ok(line) = line
+        && is_told_of_changes(&mut stream, patience).await?
+    {
+        known.begin(Some(line.into()));
+    }
     Ok(stream)
+}
+
+async fn is_told_of_changes(stream: &mut Stream, patience: Duration) -> Result<bool, &'static str> {
+    let hello = ask_alone(stream, patience, &[b"HELLO", b"3"]).await?;
+    if !hello.starts_with(b"%") {
+        return Ok(false);
+    }
+    let tracking = ask_alone(stream, patience, &[b"CLIENT", b"TRACKING", b"ON"]).await?;
+    Ok(tracking.starts_with(b"+"))
 }
 
 /// One question on a connection that nobody else has yet.

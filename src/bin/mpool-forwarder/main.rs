@@ -4,7 +4,8 @@
 //! - [`config`]: flags and environment, checked before anything is bound
 //! - [`server`]: connections and threads; [`client_io`], [`patience`]: bounds on them
 //! - [`proxy`]: the way of a request; [`headers`], [`upload`], [`relay`]: its parts
-//! - [`lender`]: what the pool says; [`link`], [`resp`]: the connection to Redis
+//! - [`lender`]: what the pool says; [`known`]: what it need not be asked again;
+//!   [`link`], [`resp`]: the connection to Redis
 //! - [`accounts`]: rules for accounts in trouble
 //! - [`upstream`]: connections and timeouts towards the API; [`base`]: its URL
 //! - [`answers`]: every answer of its own
@@ -37,6 +38,7 @@ mod base;
 mod client_io;
 mod config;
 mod headers;
+mod known;
 mod lender;
 mod link;
 mod log;
@@ -57,7 +59,7 @@ use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -122,7 +124,7 @@ async fn serve(config: Config) -> Result<(), String> {
         config,
     });
     let admin = Arc::new(Admin {
-        lender: shared.lender()?,
+        lender: shared.lender(Duration::ZERO)?,
         metrics: Arc::clone(&shared.metrics),
         draining: AtomicBool::new(false),
     });

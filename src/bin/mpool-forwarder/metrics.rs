@@ -56,6 +56,7 @@ pub struct Metrics {
     pub connections: Gauge,
     pub first_byte: Histogram,
     pub acquire: Histogram,
+    pub known: Counter,
     pub failovers: Counter,
     pub grace: Counter,
     pub redis_up: Gauge,
@@ -72,6 +73,7 @@ impl Metrics {
             connections: Gauge::default(),
             first_byte: Histogram::new(WAITS),
             acquire: Histogram::new(LOOKUPS),
+            known: Counter::default(),
             failovers: Counter::default(),
             grace: Counter::default(),
             redis_up: Gauge::default(),
@@ -109,6 +111,11 @@ impl Metrics {
             "How long asking the pool took",
             Unit::Seconds,
             metrics.acquire.clone(),
+        );
+        registry.register(
+            "leases_known",
+            "Requests whose lease Redis had told of no change to, so that it was not asked",
+            metrics.known.clone(),
         );
         registry.register(
             "failovers",

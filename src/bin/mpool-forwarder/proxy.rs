@@ -7,6 +7,7 @@ use crate::base::Base;
 use crate::client_io::{Active, Exchange, Turn};
 use crate::config::Limits;
 use crate::headers::{self, GivenKey};
+use crate::known::Look;
 use crate::lender::{Denied, Grant, Lender, State};
 use crate::metrics::Metrics;
 use crate::relay::{Bounds, Relay, Reply};
@@ -159,12 +160,26 @@ impl Proxy {
         if body.size_hint().lower() > self.limits.body {
             return Err(Code::BodyTooLarge.into());
         }
-        Ok((self.acquire(&key).await?, key))
+        let grant = match self.lender.look(&key) {
+            Look::Lease(grant) => {
+                self.metrics.known.inc();
+                log_lease(&grant);
+                grant
+            }
+            look => self.acquire(&key, look).await?,
+        };
+        Ok((grant, key))
     }
 
-    async fn acquire(&self, key: &[u8]) -> Result<Grant, Own> {
+    /// The account for a key, as Redis has it now.
+    async fn ask(&self, key: &[u8]) -> Result<Grant, Own> {
+        self.lender.forget(key);
+        self.acquire(key, Look::Ask).await
+    }
+
+    async fn acquire(&self, key: &[u8], look: Look) -> Result<Grant, Own> {
         let asked = Instant::now();
-        let outcome = self.lender.acquire(key).await;
+        let outcome = self.lender.acquire(key, look).await;
         self.metrics.acquire.observe(asked.elapsed().as_secs_f64());
         match outcome {
             Ok(grant) => {
@@ -323,7 +338,7 @@ impl Proxy {
                     }
                     tried.another_connection = true;
                     if cooled {
-                        grant = Box::pin(self.acquire(&order.key)).await?;
+                        grant = Box::pin(self.ask(&order.key)).await?;
                     }
                 }
             }
@@ -390,7 +405,7 @@ impl Proxy {
         let account = &refused.lease.account;
         let _turn = account.turn.lock().await;
         // Another request may have been quicker, or the file has a new token.
-        match self.acquire(&order.key).await {
+        match self.ask(&order.key).await {
             Ok(grant) if grant.state == State::Grace => {
                 return Replacement::None(Own {
                     code: Code::Redis,
@@ -418,7 +433,7 @@ impl Proxy {
             charge.stand();
             return Replacement::Innocent;
         }
-        match self.acquire(&order.key).await {
+        match self.ask(&order.key).await {
             Ok(grant) if grant.lease.credential != refused.lease.credential => {
                 Replacement::Grant(grant, Some(charge))
             }

@@ -1,4 +1,4 @@
-//! As much of Redis's protocol (RESP2) as it takes to keep questions and answers
+//! As much of Redis's protocol (RESP2, and RESP3's other kinds of values) as it takes to keep questions and answers
 //! apart on one connection: packing a command, and finding where a reply ends.
 //! What is in a reply is read elsewhere. Pure.
 //!
@@ -8,7 +8,7 @@
 /// The longest reply that is waited for, in bytes.
 const LONGEST: usize = 64 << 20;
 
-/// What came is not RESP2, or too long.
+/// What came is not Redis's protocol, or too long.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Malformed;
 
@@ -67,13 +67,14 @@ pub fn reply_length(bytes: &[u8]) -> Result<Option<usize>, Malformed> {
         at += end + 1;
         left -= 1;
         match kind {
-            b'+' | b'-' | b':' => {}
-            b'$' => {
+            b'+' | b'-' | b':' | b'_' | b'#' | b',' | b'(' => {}
+            b'$' | b'=' | b'!' => {
                 if let Some(length) = count(text)? {
                     at += length + 2;
                 }
             }
-            b'*' => left += count(text)?.unwrap_or(0),
+            b'*' | b'~' | b'>' => left += count(text)?.unwrap_or(0),
+            b'%' => left += count(text)?.unwrap_or(0) * 2,
             _ => return Err(Malformed),
         }
         if at > bytes.len() {
@@ -121,7 +122,7 @@ mod tests {
 
     #[test]
     fn a_reply_ends_where_it_ends_and_not_before() {
-        let replies: [&[u8]; 9] = [
+        let replies: [&[u8]; 14] = [
             b"+OK\r\n",
             b"-ERR no\r\n",
             b":-5\r\n",
@@ -131,6 +132,11 @@ mod tests {
             b"*-1\r\n",
             b"*0\r\n",
             b"*3\r\n$1\r\na\r\n*2\r\n:1\r\n$-1\r\n+x\r\n",
+            b"_\r\n",
+            b"%2\r\n+a\r\n:1\r\n$1\r\nb\r\n_\r\n",
+            b"%0\r\n",
+            b">2\r\n+invalidate\r\n*1\r\n$1\r\na\r\n",
+            b"~2\r\n#t\r\n,1.5\r\n",
         ];
         for reply in replies {
             assert_eq!(reply_length(reply), Ok(Some(reply.len())));

@@ -5,6 +5,7 @@
 use crate::answers::Code;
 use crate::client_io::{ClientIo, Exchange, Transport};
 use crate::config::Config;
+use crate::known::Known;
 use crate::lender::{Lender, Seen};
 use crate::link::{Event, Link};
 use crate::metrics::Metrics;
@@ -47,14 +48,16 @@ pub struct Shared {
 }
 
 impl Shared {
-    /// Asks Redis from the runtime that this is called on.
-    pub fn lender(&self) -> Result<Lender, String> {
+    /// Asks Redis from the runtime that this is called on. Leases that have not
+    /// changed are used again for that span.
+    pub fn lender(&self, span: Duration) -> Result<Lender, String> {
         let metrics = Arc::clone(&self.metrics);
         let told = Arc::clone(&self.outage_told);
         let shown = self.config.redis.shown();
         let link = Link::start(
             self.config.redis.target()?,
             self.config.timeouts.redis,
+            Known::new(span),
             move |event| match event {
                 // Every thread has a connection; the first one speaks for all.
                 Event::Up => {
@@ -234,7 +237,7 @@ async fn work(
     mut waiting: mpsc::UnboundedReceiver<(std::net::TcpStream, Place)>,
 ) {
     let config = &shared.config;
-    let lender = match shared.lender() {
+    let lender = match shared.lender(config.lease_cache) {
         Ok(lender) => lender,
         Err(why) => return tracing::error!("{why}"),
     };

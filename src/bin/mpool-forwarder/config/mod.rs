@@ -161,6 +161,9 @@ struct Flags {
     /// How long leases seen before are used while Redis can't be asked; 0s for not at all
     #[arg(long, env = "MPOOL_GRACE", default_value = "60s", value_parser = duration)]
     grace: Duration,
+    /// How long a lease is used without asking again while Redis tells of no change to it; 0s asks for every request
+    #[arg(long, env = "MPOOL_LEASE_CACHE", default_value = "1s", value_parser = duration)]
+    lease_cache: Duration,
     /// The first cooldown of an account that the upstream refuses; it doubles up to ten times that
     #[arg(long, env = "MPOOL_COOLDOWN", default_value = "60s", value_parser = duration)]
     cooldown: Duration,
@@ -252,6 +255,7 @@ pub struct Config {
     pub timeouts: Timeouts,
     pub limits: Limits,
     pub grace: Duration,
+    pub lease_cache: Duration,
     pub cooldown: Duration,
     pub log: LogFormat,
     pub log_level: LogLevel,
@@ -433,6 +437,7 @@ fn check(flags: Flags) -> Result<Config, String> {
             replay_memory: size("--replay-memory", flags.replay_memory, 0, 1 << 40)?,
         },
         grace: flags.grace,
+        lease_cache: flags.lease_cache,
         cooldown: flags.cooldown,
         log: flags.log,
         log_level: flags.log_level,
