@@ -1,7 +1,7 @@
 //! Random commands, hand-made changes and account files that come and go, at
 //! times that jump back and forth: after each step the keyspace agrees with
 //! itself, and a rebuild of the view finds nothing different.
-//! `MPOOL_SEED` repeats a run, `MPOOL_STEPS` makes it longer.
+//! `MPOOL_TEST_SEED` repeats a run, `MPOOL_STEPS` makes it longer.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,

@@ -6,6 +6,8 @@
     reason = "each test binary uses its own part of this"
 )]
 
+pub mod load;
+
 use redis::{Connection, FromRedisValue, RedisResult, Value};
 use std::collections::BTreeMap;
 use std::fs;
@@ -145,6 +147,11 @@ impl Server {
         }
         server.launch();
         server
+    }
+
+    /// With the module from the next start on, or without.
+    pub fn set_bare(&mut self, bare: bool) {
+        self.options.bare = bare;
     }
 
     /// Starts the process, on a port that stays the same from then on.
@@ -388,13 +395,7 @@ impl Client {
         let reply: RedisResult<BTreeMap<String, Value>> =
             self.try_run(&["MPOOL.ACQUIRE", key, &now.to_string()]);
         match reply {
-            Ok(reply) => Ok(Lease {
-                account: text(&reply["account"]),
-                state: text(&reply["state"]),
-                previous: optional_text(&reply["previous_account"]),
-                last: optional_number(&reply["last_rotation"]),
-                next: optional_number(&reply["next_rotation"]),
-            }),
+            Ok(reply) => Ok(Lease::of(&reply)),
             Err(error) => Err(format!(
                 "{} {}",
                 error.code().unwrap_or_default(),
@@ -560,6 +561,18 @@ pub struct Lease {
     pub next: Option<i64>,
 }
 
+impl Lease {
+    pub fn of(reply: &BTreeMap<String, Value>) -> Self {
+        Self {
+            account: text(&reply["account"]),
+            state: text(&reply["state"]),
+            previous: optional_text(&reply["previous_account"]),
+            last: optional_number(&reply["last_rotation"]),
+            next: optional_number(&reply["next_rotation"]),
+        }
+    }
+}
+
 /// A list of invalid files as RELOAD and STATUS give it, as `tier/file`.
 pub fn named_reasons(list: &Value) -> BTreeMap<String, String> {
     let files = maps(list).into_iter();
@@ -599,20 +612,25 @@ pub fn wait_for_same(primary: &mut Client, replica: &mut Client) {
     });
 }
 
-/// A random source from `MPOOL_SEED` or the clock; the seed is printed, so that
-/// a failure can be had again.
-pub fn seeded() -> rand::rngs::SmallRng {
+/// The seed of what a test does at random: `MPOOL_TEST_SEED`, or the clock. It is
+/// printed, so that a failure can be had again.
+pub fn seed() -> u64 {
     let clock = || {
         std::time::SystemTime::UNIX_EPOCH
             .elapsed()
             .unwrap()
             .as_nanos() as u64
     };
-    let seed = std::env::var("MPOOL_SEED")
+    let seed = std::env::var("MPOOL_TEST_SEED")
         .ok()
         .map_or_else(clock, |seed| seed.parse().unwrap());
-    println!("MPOOL_SEED={seed}");
-    rand::SeedableRng::seed_from_u64(seed)
+    println!("MPOOL_TEST_SEED={seed}");
+    seed
+}
+
+/// A random source from [`seed`].
+pub fn seeded() -> rand::rngs::SmallRng {
+    rand::SeedableRng::seed_from_u64(seed())
 }
 
 #[track_caller]
