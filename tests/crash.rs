@@ -193,7 +193,7 @@ fn crash(seed: u64) -> Counts {
             // Nothing may be left for a command to put right first.
             client.check_repair();
         }
-        let strangers = check_strangers(&mut [&mut workers], &mut client);
+        let strangers = check_strangers(&mut workers, &[], &mut client);
         let loss = hold_to_account(&mut workers, &mut client, &shared);
         assert!(!mode.lossless || loss.lost == 0, "{loss:?}");
         operator.check_cooldown(&mut client, mode);

@@ -15,6 +15,8 @@ use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
+use support::network::Place;
+use support::sentinels::Sentinels;
 use support::{DAY, Options, PATIENCE, Server, free_port, wait_for};
 
 /// In every URL and variable that must never be repeated.
@@ -2568,81 +2570,6 @@ fn a_redis_that_takes_no_writes_is_no_pool() {
     }
 }
 
-/// Three that watch a primary and its replica, and ask for a password.
-struct Sentinels {
-    children: Vec<Child>,
-    ports: Vec<u16>,
-    folder: tempfile::TempDir,
-}
-
-impl Sentinels {
-    fn watch(primary: &Server) -> Self {
-        let mut sentinels = Self {
-            children: Vec::new(),
-            ports: Vec::new(),
-            folder: tempfile::tempdir().unwrap(),
-        };
-        for number in 0..3 {
-            let port = free_port();
-            let own = sentinels.folder.path().join(number.to_string());
-            std::fs::create_dir(&own).unwrap();
-            let settings = format!(
-                "port {port}\nbind 127.0.0.1\ndir {}\nrequirepass {SECRET}\n\
-                 sentinel sentinel-pass {SECRET}\nsentinel monitor pool 127.0.0.1 {} 2\n\
-                 sentinel down-after-milliseconds pool 600\nsentinel failover-timeout pool 1000\n",
-                own.display(),
-                primary.port
-            );
-            let file = own.join("sentinel.conf");
-            std::fs::write(&file, settings).unwrap();
-            let child = Command::new(support::server_binary())
-                .arg(&file)
-                .arg("--sentinel")
-                .stdout(Stdio::null())
-                .spawn()
-                .unwrap();
-            sentinels.children.push(child);
-            sentinels.ports.push(port);
-        }
-        for number in 0..3 {
-            let mut sentinel = wait_for("a Sentinel", || sentinels.connect(number));
-            wait_for("the Sentinels to know each other", || {
-                let mut count = |list: &str| {
-                    let rows: Vec<Value> = sentinel.run(&["SENTINEL", list, "pool"]);
-                    rows.len()
-                };
-                (count("SENTINELS") == 2 && count("REPLICAS") == 1).then_some(())
-            });
-        }
-        sentinels
-    }
-
-    fn connect(&self, number: usize) -> Option<support::Client> {
-        let port = self.ports[number];
-        let client = redis::Client::open(format!("redis://:{SECRET}@127.0.0.1:{port}/")).unwrap();
-        let connection = client.get_connection_with_timeout(PATIENCE).ok()?;
-        Some(support::Client { connection })
-    }
-
-    fn url(&self) -> String {
-        let hosts: Vec<String> = self
-            .ports
-            .iter()
-            .map(|port| format!("127.0.0.1:{port}"))
-            .collect();
-        format!("redis+sentinel://{}/pool", hosts.join(","))
-    }
-}
-
-impl Drop for Sentinels {
-    fn drop(&mut self) {
-        for child in &mut self.children {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
-}
-
 /// An answer over a connection of its own, which a change of roles may cut.
 fn ask<T: redis::FromRedisValue>(server: &Server, words: &[&str]) -> Option<T> {
     let client = redis::Client::open(server.url()).unwrap();
@@ -2666,7 +2593,9 @@ fn a_failover_of_redis_is_followed() {
     let mut redis = primary.connect();
     let keys: Vec<String> = (0..4).map(|_| redis.pool_key()).collect();
     support::wait_for_same(&mut redis, &mut replica.connect());
-    let mut sentinels = Sentinels::watch(&primary);
+    let nearby = std::array::from_fn(|_| Place::default());
+    let down_after = Duration::from_millis(600);
+    let mut sentinels = Sentinels::watch(&primary, 1, &nearby, Some(SECRET), down_after);
     let upstream = Upstream::start(|exchange| {
         let token = exchange.token().unwrap();
         exchange.respond(200, &[], token.as_bytes());

@@ -297,12 +297,7 @@ impl Forwarder {
 
     /// Sends a signal by its name: TERM, INT, STOP, CONT.
     pub fn signal(&self, name: &str) {
-        // The shell's own kill: there need not be a program of that name.
-        let sent = Command::new("bash")
-            .args(["-c", "kill -s \"$0\" \"$1\"", name, &self.pid().to_string()])
-            .status()
-            .unwrap();
-        assert!(sent.success());
+        crate::support::signal(self.pid(), name);
     }
 
     /// Asks it to end, and waits until it has: its exit code.

@@ -192,6 +192,10 @@ impl Shift {
     pub fn end(&self) {
         self.over.store(true, Ordering::Relaxed);
     }
+
+    pub fn is_over(&self) -> bool {
+        self.over.load(Ordering::Relaxed)
+    }
 }
 
 impl Shared {
@@ -256,7 +260,7 @@ impl Worker {
 
     /// Works until the connection breaks, the server refuses writes, or it is over.
     pub fn work(&mut self, mut client: Client, shared: &Shared, shift: &Shift) {
-        while !shift.over.load(Ordering::Relaxed) {
+        while !shift.is_over() {
             let outcome = self.step(&mut client, shared);
             shift.count();
             if let Err(end) = outcome {
@@ -554,14 +558,17 @@ pub fn hold_to_account(workers: &mut [Worker], client: &mut Client, shared: &Sha
     loss
 }
 
-/// Keys that no worker knows must come from commands without an answer, and
-/// have no lease. They are taken away; answers how many there were.
+/// Keys that no worker knows, nor the test, must come from commands without an
+/// answer, and have no lease. They are taken away; answers how many there were.
 #[track_caller]
-pub fn check_strangers(workers: &mut [&mut [Worker]], client: &mut Client) -> usize {
+pub fn check_strangers(workers: &mut [Worker], known: &[String], client: &mut Client) -> usize {
     let mut keys: BTreeSet<String> = client.run(&["KEYS", "client_keys:*"]);
+    for key in known {
+        keys.remove(&format!("client_keys:{key}"));
+    }
     let mut leases: BTreeSet<String> = client.run(&["KEYS", "key_rotation:*"]);
     let mut open = 0;
-    for worker in workers.iter_mut().flat_map(|workers| workers.iter_mut()) {
+    for worker in workers {
         open += usize::from(std::mem::take(&mut worker.open_keygen));
         for History { key, .. } in worker.keys.iter().chain(&worker.ended) {
             keys.remove(&format!("client_keys:{key}"));

@@ -7,7 +7,10 @@
 )]
 
 pub mod load;
+pub mod network;
+pub mod sentinels;
 
+use network::Place;
 use redis::{Connection, FromRedisValue, RedisResult, Value};
 use std::collections::BTreeMap;
 use std::fs;
@@ -76,6 +79,8 @@ pub struct Options {
     pub bare: bool,
     /// Account files that are there before the start: tier/name and content.
     pub accounts: Vec<(String, String)>,
+    /// On this machine's loopback unless told.
+    pub place: Place,
 }
 
 impl Options {
@@ -101,7 +106,7 @@ impl Options {
 
     /// A replica of that server.
     pub fn replica_of(self, primary: &Server) -> Self {
-        self.server(&["--replicaof", "127.0.0.1", &primary.port.to_string()])
+        self.server(&["--replicaof", primary.host(), &primary.port.to_string()])
     }
 
     pub fn file(mut self, account: &str, content: &str) -> Self {
@@ -172,11 +177,12 @@ impl Server {
         // One that came up too late, or on a port of another's.
         self.kill();
         let data = self.folder.path().join("data");
-        let mut command = Command::new(server_binary());
-        command.args(["--port", &self.port.to_string(), "--bind", "127.0.0.1"]);
+        let mut command = self.options.place.command(server_binary());
+        command.args(["--port", &self.port.to_string(), "--bind", self.host()]);
         let defaults = [
             ("--save", ""),
             ("--logfile", "log"),
+            ("--protected-mode", "no"),
             ("--enable-debug-command", "yes"),
             ("--enable-module-command", "yes"),
             ("--enable-protected-configs", "yes"),
@@ -202,7 +208,7 @@ impl Server {
             .child
             .insert(command.spawn().expect("redis-server is not installed"));
         let deadline = Instant::now() + PATIENCE;
-        let client = redis::Client::open(("127.0.0.1", self.port)).unwrap();
+        let client = redis::Client::open((self.options.place.host.as_str(), self.port)).unwrap();
         while Instant::now() < deadline {
             if child.try_wait().unwrap().is_some() {
                 self.child = None;
@@ -245,8 +251,13 @@ impl Server {
         fs::remove_file(self.account_file(account)).unwrap();
     }
 
+    /// The address that it listens on.
+    pub fn host(&self) -> &str {
+        &self.options.place.host
+    }
+
     pub fn url(&self) -> String {
-        format!("redis://127.0.0.1:{}/", self.port)
+        format!("redis://{}:{}/", self.host(), self.port)
     }
 
     pub fn pid(&self) -> u32 {
@@ -283,6 +294,11 @@ impl Server {
         }
     }
 
+    /// Sends the process a signal by its name.
+    pub fn signal(&self, name: &str) {
+        signal(self.pid(), name);
+    }
+
     /// Whether the process is there; it must never go by itself.
     pub fn is_alive(&mut self) -> bool {
         self.child
@@ -302,6 +318,16 @@ impl Drop for Server {
             );
         }
     }
+}
+
+/// Sends a process a signal by its name: TERM, INT, STOP, CONT.
+pub fn signal(pid: u32, name: &str) {
+    // The shell's own kill: there need not be a program of that name.
+    let sent = Command::new("bash")
+        .args(["-c", "kill -s \"$0\" \"$1\"", name, &pid.to_string()])
+        .status()
+        .unwrap();
+    assert!(sent.success());
 }
 
 /// A connection with the commands that tests use most.
@@ -419,6 +445,11 @@ impl Client {
     /// What the keyspace says that can't be.
     #[track_caller]
     pub fn broken_invariant(&mut self, capacity: u64) -> Option<String> {
+        self.try_broken_invariant(capacity).unwrap()
+    }
+
+    /// The same of a server that may go meanwhile.
+    pub fn try_broken_invariant(&mut self, capacity: u64) -> RedisResult<Option<String>> {
         let script = r"
             local counts, leases = {}, {}
             for _, key in ipairs(redis.call('KEYS', 'medium_pool:slots:*')) do
@@ -440,8 +471,8 @@ impl Client {
                 if not counts[account] then return account .. ' has leases and no counter' end
             end
             return 'right'";
-        let verdict: String = self.run(&["EVAL", script, "0", &capacity.to_string()]);
-        (verdict != "right").then_some(verdict)
+        let verdict: String = self.try_run(&["EVAL", script, "0", &capacity.to_string()])?;
+        Ok((verdict != "right").then_some(verdict))
     }
 
     /// What the keyspace holds, and how many writes there have been.
