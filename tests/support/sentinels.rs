@@ -2,7 +2,7 @@
 
 use super::network::Place;
 use super::{Client, Server, free_port, server_binary, wait_for};
-use redis::Value;
+use std::collections::BTreeMap;
 use std::fs;
 use std::process::Child;
 use std::time::Duration;
@@ -40,7 +40,7 @@ impl Sentinels {
             let mut settings = format!(
                 "port {port}\nbind {}\nprotected-mode no\ndir {}\n\
                  sentinel monitor pool {} {} 2\nsentinel down-after-milliseconds pool {}\n\
-                 sentinel failover-timeout pool 1000\nsentinel parallel-syncs pool 2\n",
+                 sentinel failover-timeout pool 2000\nsentinel parallel-syncs pool 2\n",
                 place.host,
                 own.display(),
                 primary.host(),
@@ -66,17 +66,18 @@ impl Sentinels {
         sentinels
     }
 
-    /// Waits until each knows the others and that many replicas.
+    /// Waits until each knows the others and that many replicas, all of them well.
     #[track_caller]
     pub fn wait_until_complete(&self, replicas: usize) {
         for number in 0..self.children.len() {
             let mut sentinel = wait_for("a Sentinel", || self.connect(number));
             wait_for("the Sentinels to know each other", || {
-                let mut count = |list: &str| {
-                    let rows: Vec<Value> = sentinel.run(&["SENTINEL", list, "pool"]);
-                    rows.len()
+                let mut list = |list: &str| -> Option<Vec<BTreeMap<String, String>>> {
+                    sentinel.try_run(&["SENTINEL", list, "pool"]).ok()
                 };
-                (count("SENTINELS") == 2 && count("REPLICAS") == replicas).then_some(())
+                let (others, known) = (list("SENTINELS")?, list("REPLICAS")?);
+                let well = known.iter().all(|known| known["flags"] == "slave");
+                (others.len() == 2 && known.len() == replicas && well).then_some(())
             });
         }
     }
