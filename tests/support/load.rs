@@ -484,9 +484,10 @@ impl Worker {
     }
 }
 
-/// Whether nobody can know what has become of the command.
+/// Whether nobody can know what has become of the command: the connection broke,
+/// or the server became a replica while the client was on hold.
 fn lost(error: &RedisError) -> bool {
-    error.code().is_none()
+    error.code().is_none_or(|code| code == "UNBLOCKED")
 }
 
 /// The reply; if it is an error of the server's, the command has done nothing.
