@@ -61,6 +61,8 @@ fn register_commands(ctx: &Context) -> Result<(), &'static str> {
     register::<commands::Repair>(ctx)?;
     #[cfg(debug_assertions)]
     register::<commands::Panic>(ctx)?;
+    #[cfg(feature = "ceiling")]
+    register::<commands::Ceiling>(ctx)?;
     Ok(())
 }
 

@@ -2,6 +2,8 @@
 //! store write, reply. What several of them share is here.
 
 mod acquire;
+#[cfg(feature = "ceiling")]
+mod ceiling;
 mod cooldown;
 mod keygen;
 #[cfg(debug_assertions)]
@@ -13,6 +15,8 @@ mod revoke;
 mod status;
 
 pub(crate) use acquire::Acquire;
+#[cfg(feature = "ceiling")]
+pub(crate) use ceiling::Ceiling;
 pub(crate) use cooldown::Cooldown;
 pub(crate) use keygen::Keygen;
 #[cfg(debug_assertions)]
