@@ -310,7 +310,13 @@ extern "C" fn run_command<C: Command>(
         return Status::Ok as c_int;
     }
     let database = Database::zero(ctx);
-    let outcome = guarded(C::SPEC.name.to_str().unwrap_or_default(), || C::run(&call));
+    let name = const {
+        match C::SPEC.name.to_str() {
+            Ok(name) => name,
+            Err(_) => "a command",
+        }
+    };
+    let outcome = guarded(name, || C::run(&call));
     drop(database);
     let failure = match outcome {
         Some(Ok(())) => return Status::Ok as c_int,

@@ -84,11 +84,12 @@ fn reply(reply: &Reply, node: &Node, decision: &Decision, with_token: bool) {
         .credential(decision.account)
         .filter(|_| with_token);
     reply.map(if credential.is_some() { 7 } else { 5 });
-    reply.field_text("account", node.pool.account_name(decision.account));
+    reply.field_bytes("account", node.pool.account_bytes(decision.account));
     reply.field_text("state", Some(decision.state.name()));
-    reply.field_text(
+    let previous = decision.previous;
+    reply.field_bytes(
         "previous_account",
-        decision.previous.and_then(|id| node.pool.account_name(id)),
+        previous.and_then(|id| node.pool.account_bytes(id)),
     );
     reply.field_integer("last_rotation", decision.last);
     reply.field_integer("next_rotation", decision.next);

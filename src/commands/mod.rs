@@ -60,8 +60,15 @@ fn now(bytes: Option<&[u8]>) -> Result<i64, Failure> {
 
 /// A decimal number within bounds, without sign or blanks.
 fn number(bytes: Option<&[u8]>, min: i64, max: i64) -> Option<i64> {
-    let bytes = bytes.filter(|bytes| bytes.iter().all(u8::is_ascii_digit))?;
-    let number = std::str::from_utf8(bytes).ok()?.parse().ok()?;
+    let digits = bytes.filter(|digits| !digits.is_empty())?;
+    let mut number = 0_i64;
+    for digit in digits {
+        let digit = digit.wrapping_sub(b'0');
+        if digit > 9 {
+            return None;
+        }
+        number = number.checked_mul(10)?.checked_add(digit.into())?;
+    }
     (min..=max).contains(&number).then_some(number)
 }
 
@@ -111,6 +118,7 @@ trait ReplyExt {
     fn text_or_null(&self, text: Option<&str>);
     fn integer_or_null(&self, number: Option<i64>);
     fn field_text(&self, name: &str, text: Option<&str>);
+    fn field_bytes(&self, name: &str, bytes: Option<&[u8]>);
     fn field_integer(&self, name: &str, number: Option<i64>);
     fn field_count(&self, name: &str, count: u64);
 }
@@ -133,6 +141,14 @@ impl ReplyExt for Reply {
     fn field_text(&self, name: &str, text: Option<&str>) {
         self.text(name);
         self.text_or_null(text);
+    }
+
+    fn field_bytes(&self, name: &str, bytes: Option<&[u8]>) {
+        self.text(name);
+        match bytes {
+            Some(bytes) => self.bytes(bytes),
+            None => self.null(),
+        }
     }
 
     fn field_integer(&self, name: &str, number: Option<i64>) {

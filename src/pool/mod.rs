@@ -216,6 +216,11 @@ impl Pool {
             .filter_map(|(slot, _)| AccountId::new(slot))
     }
 
+    /// The name of an account that the pool knows, as its bytes.
+    pub(crate) fn account_bytes(&self, id: AccountId) -> Option<&[u8]> {
+        self.account(id).map(|account| account.name.bytes())
+    }
+
     /// The name of an account that the pool knows.
     pub(crate) fn account_name(&self, id: AccountId) -> Option<&str> {
         self.account(id).map(|account| &*account.name)

@@ -14,6 +14,11 @@ impl<const N: usize> Text<N> {
         (**self).into()
     }
 
+    /// The text's bytes; cheaper than the text.
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+
     /// Whether this is that text; cheaper than to look at it as one.
     pub(super) fn is(&self, text: &str) -> bool {
         *self.0 == *text.as_bytes()
