@@ -4,7 +4,7 @@
 
 use crate::ffi;
 use crate::node;
-use crate::store::PoolKey;
+use crate::store::{self, PoolKey};
 use redis_module::logging::RedisLogLevel;
 use redis_module::server_events::{
     LOADING_SERVER_EVENTS_LIST, LoadingSubevent, ROLE_CHANGED_SERVER_EVENTS_LIST, ServerRole,
@@ -20,7 +20,7 @@ pub(crate) fn key_changed(ctx: &Context, _kind: NotifyEvent, _event: &str, name:
         return;
     }
     ffi::guarded("a notification", || {
-        let observation = key.read(ctx);
+        let observation = store::own_write(key).unwrap_or_else(|| key.read(ctx));
         let off = node::with(|node| {
             observation.enter(&mut node.pool);
             node.is_primary && node.pool.has_stray_backlog()

@@ -7,6 +7,7 @@ use crate::pool::{
     Effect, Flaw, KeyFields, KeyRecord, Pool, Rotation, RotationFields, Stored, Tier, names,
 };
 use redis_module::{CallOptions, CallOptionsBuilder, CallReply, CallResult, Context, RedisString};
+use std::cell::RefCell;
 
 const CLIENT_KEYS: &str = "client_keys:";
 const KEY_ROTATION: &str = "key_rotation:";
@@ -59,11 +60,11 @@ impl<'a> PoolKey<'a> {
     /// The key's name.
     pub(crate) fn name(self) -> String {
         match self {
-            Self::ClientKey(key) => format!("{CLIENT_KEYS}{key}"),
-            Self::Rotation(key) => format!("{KEY_ROTATION}{key}"),
-            Self::Slots(tier, account) => format!("{tier}{SLOTS}{account}"),
-            Self::Cooldown(tier, account) => format!("{tier}{COOLDOWN}{account}"),
-            Self::Reason(tier, account) => format!("{tier}{REASON}{account}"),
+            Self::ClientKey(key) => [CLIENT_KEYS, key].concat(),
+            Self::Rotation(key) => [KEY_ROTATION, key].concat(),
+            Self::Slots(tier, account) => [tier.name(), SLOTS, account].concat(),
+            Self::Cooldown(tier, account) => [tier.name(), COOLDOWN, account].concat(),
+            Self::Reason(tier, account) => [tier.name(), REASON, account].concat(),
         }
     }
 
@@ -127,6 +128,28 @@ pub(crate) enum Observation<'a> {
     Slots(Tier, &'a str, Stored),
     Cooldown(Tier, &'a str, i64),
     Reason(Tier, &'a str, Option<String>),
+    /// What the module has just written there itself: a lease or a counter.
+    Own(Effect),
+}
+
+thread_local! {
+    /// The write under way, whose notification need not read what it made of
+    /// its key: reading costs as much as writing.
+    static UNDER_WAY: RefCell<Option<Effect>> = const { RefCell::new(None) };
+}
+
+/// What the write under way, if there is one, has made of this key; once.
+pub(crate) fn own_write(key: PoolKey<'_>) -> Option<Observation<'static>> {
+    UNDER_WAY.with_borrow_mut(|effect| {
+        let is_of_it = match (&*effect, key) {
+            (Some(Effect::Lend { key: own, .. }), PoolKey::Rotation(key)) => **own == *key,
+            (Some(Effect::Slots { tier, account, .. }), PoolKey::Slots(of, name)) => {
+                *tier == of && **account == *name
+            }
+            _ => false,
+        };
+        effect.take_if(|_| is_of_it).map(Observation::Own)
+    })
 }
 
 impl Observation<'_> {
@@ -163,6 +186,30 @@ impl Observation<'_> {
                 };
                 pool.observe_rotation(key, Some(Rotation::parse(&fields)));
             }
+            // No field of a lease stays as it was, save a previous account where
+            // the decision has none, and then there was none that could be read.
+            Self::Own(Effect::Lend {
+                key,
+                account,
+                previous,
+                last,
+                next,
+            }) => {
+                let rotation = Rotation {
+                    account: Some(&account),
+                    account_is_garbage: false,
+                    previous: previous.as_deref(),
+                    last: Some(last),
+                    next: Some(next),
+                };
+                pool.observe_rotation(&key, Some(rotation));
+            }
+            Self::Own(Effect::Slots {
+                tier,
+                account,
+                used,
+            }) => pool.observe_slots(tier, &account, Stored::Count(used)),
+            Self::Own(_) => {}
             Self::Slots(tier, account, stored) => pool.observe_slots(tier, account, stored),
             Self::Cooldown(tier, account, until) => pool.observe_cooldown(tier, account, until),
             Self::Reason(tier, account, reason) => {
@@ -238,7 +285,14 @@ pub(crate) fn apply(ctx: &Context, effects: &[Effect]) -> Result<(), Failure> {
         }
     }
     let writer = Writer::new(ctx);
-    effects.iter().try_for_each(|effect| writer.apply(effect))
+    effects.iter().try_for_each(|effect| {
+        if let Effect::Lend { .. } | Effect::Slots { .. } = effect {
+            UNDER_WAY.set(Some(effect.clone()));
+        }
+        let outcome = writer.apply(effect);
+        UNDER_WAY.set(None);
+        outcome
+    })
 }
 
 /// Whether the server would take a write that needs memory now. Asks it by one
