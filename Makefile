@@ -4,7 +4,7 @@
 .DEFAULT_GOAL := help
 # The targets of `test` build on one another, in this order, under -j too.
 .NOTPARALLEL:
-.PHONY: help run stop test lint unit integration bench build clean deps-test deps-bench
+.PHONY: help run stop test lint unit integration test-servers bench build clean deps-test deps-bench
 
 # The folder that make was called from, even with -C: what `make run` prints
 # is to work there.
@@ -14,7 +14,7 @@ export MPOOL_CALLED_FROM := $(PWD)
 SCRIPTS = $(wildcard shell/*.sh scripts/* .ci/run examples/*.sh)
 
 help: ## lists these targets
-	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1	\2/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1	\2/p' Makefile | expand -t 20
 
 run: ## starts Redis (PORT=6380) and a forwarder (FORWARDER_PORT=8080) in front of UPSTREAM=… or a demo
 	@scripts/run
@@ -35,6 +35,9 @@ unit: ## the tests that need no Redis
 
 integration: build ## the tests that start their own servers
 	cargo test --test '*'
+
+test-servers: deps-test ## the integration tests with Redis 7.0, 8.0, 8.2 and Valkey 8.1 (SERVERS=… for some of them)
+	@scripts/test-servers $(SERVERS)
 
 bench: deps-bench ## the benchmarks, with an optimised module
 	cargo build --release

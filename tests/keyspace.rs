@@ -533,6 +533,7 @@ fn the_guides_queries_work_as_printed() {
         let output = std::process::Command::new("sh")
             .arg("-c")
             .arg(&line)
+            .env("PATH", search_path())
             .output()
             .unwrap();
         assert!(output.status.success(), "{line}");

@@ -551,9 +551,7 @@ fn cluster_mode_is_refused() {
         .find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok())
         .unwrap();
     let mut command = Command::new("timeout");
-    command.args([
-        "20",
-        "redis-server",
+    command.arg("20").arg(support::server_binary()).args([
         "--port",
         &port.to_string(),
         "--cluster-enabled",

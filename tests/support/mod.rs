@@ -13,6 +13,7 @@ pub mod sentinels;
 use network::Place;
 use redis::{Connection, FromRedisValue, RedisResult, Value};
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -37,8 +38,22 @@ pub fn module() -> PathBuf {
 }
 
 /// The server to test with: `MPOOL_TEST_SERVER`, or the installed one.
-pub fn server_binary() -> std::ffi::OsString {
-    std::env::var_os("MPOOL_TEST_SERVER").unwrap_or_else(|| "redis-server".into())
+pub fn server_binary() -> PathBuf {
+    match std::env::var_os("MPOOL_TEST_SERVER") {
+        // Servers are started in folders of their own.
+        Some(path) => std::path::absolute(path).unwrap(),
+        None => "redis-server".into(),
+    }
+}
+
+/// Where programs are looked for: `redis-cli` is the one beside the server to
+/// test with, if it has one.
+pub fn search_path() -> OsString {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let server = server_binary();
+    let beside = server.parent().filter(|folder| folder.is_absolute());
+    let folders = beside.map(PathBuf::from).into_iter();
+    std::env::join_paths(folders.chain(std::env::split_paths(&path))).unwrap()
 }
 
 /// The folder of the repository.

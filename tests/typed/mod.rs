@@ -1,6 +1,6 @@
 //! Commands as a person types them: bash in a folder laid out like the
-//! repository, with a `redis-cli` that takes port 6380 for the test's own, and in
-//! a copy a `curl` that does so with 8080 and 8081. What is typed reaches the
+//! repository, with a `redis-cli` that takes port 6380 for the test's own, the
+//! `redis-server` that is to be tested with, and in a copy a `curl` that does so with 8080 and 8081. What is typed reaches the
 //! test's servers alone.
 #![allow(
     dead_code,
@@ -8,7 +8,7 @@
     reason = "each test binary uses its own part of this"
 )]
 
-use crate::support::{Server, repository};
+use crate::support::{Server, repository, search_path, server_binary};
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::TcpListener;
@@ -95,6 +95,10 @@ exec '{real}' "$@"
             real = program("redis-cli").display(),
         );
         terminal.install("redis-cli", &wrapper);
+        if std::env::var_os("MPOOL_TEST_SERVER").is_some() {
+            let server = format!("#!/bin/bash\nexec '{}' \"$@\"\n", server_binary().display());
+            terminal.install("redis-server", &server);
+        }
         terminal.env("MPOOL_REDIS_PORT", &port.to_string())
     }
 
@@ -194,7 +198,7 @@ exec '{real}' "$@" "${{arguments[@]}}"
     pub fn run(&self, typed: &str) -> Outcome {
         let mut command = Command::new("timeout");
         command.args(["--kill-after", "1", LIMIT, "bash", "-c", typed]);
-        let path = std::env::var("PATH").unwrap_or_default();
+        let path = search_path().into_string().unwrap();
         command
             .current_dir(self.folder())
             .stdin(Stdio::null())
@@ -275,8 +279,7 @@ fn demo_upstream() -> PathBuf {
 /// Where a program is that these tests can't do without.
 #[track_caller]
 pub fn program(name: &str) -> PathBuf {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let found = std::env::split_paths(&path)
+    let found = std::env::split_paths(&search_path())
         .map(|folder| folder.join(name))
         .find(|file| file.is_file());
     found
