@@ -9,9 +9,11 @@
 use crate::errors::Failure;
 use redis_module::logging::RedisLogLevel;
 use redis_module::{Context, ContextFlags, RedisString, Status, raw};
+use smallvec::SmallVec;
 use std::any::Any;
 use std::cell::Cell;
 use std::ffi::{CStr, CString, c_char, c_int, c_long, c_longlong, c_void};
+use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicPtr, Ordering};
@@ -91,16 +93,19 @@ pub(crate) trait Command {
 /// One call of a command: its arguments, its context, its reply.
 pub(crate) struct Call<'a> {
     pub(crate) ctx: Context,
-    argv: &'a [*mut raw::RedisModuleString],
+    /// The arguments as they came. The server's own list is no place to look
+    /// again: Valkey puts something else where an argument is redacted.
+    argv: SmallVec<[*mut raw::RedisModuleString; 8]>,
     replied: Cell<bool>,
+    lifetime: PhantomData<&'a ()>,
 }
 
 impl<'a> Call<'a> {
     /// The argument at that place; 0 is the command's name.
     pub(crate) fn arg(&self, place: usize) -> Option<&'a [u8]> {
         let argument = *self.argv.get(place)?;
-        // Redis keeps the arguments as they are until the command returns, and
-        // 'a ends before that.
+        // Redis keeps each argument until the command returns, a redacted one
+        // as well, and 'a ends before that.
         (!argument.is_null()).then(|| RedisString::string_as_slice(argument))
     }
 
@@ -291,8 +296,9 @@ extern "C" fn run_command<C: Command>(
     };
     let call = Call {
         ctx: Context::new(ctx),
-        argv,
+        argv: SmallVec::from_slice(argv),
         replied: Cell::new(false),
+        lifetime: PhantomData,
     };
     let arity = C::SPEC.arity;
     let fits = if arity < 0 {

@@ -9,6 +9,7 @@
 //! - [`events`]: what Redis tells: changed keys, flushes, roles
 //! - [`node`]: the one pool of this server
 //! - [`background`]: the watcher's way into the pool
+//! - [`farewell`]: connections that the server can't keep without the module
 //! - [`settings`], [`info`], [`errors`]: what operators set, watch and meet
 //! - [`ffi`]: the only unsafe code
 
@@ -36,6 +37,7 @@ mod background;
 mod commands;
 mod errors;
 mod events;
+mod farewell;
 mod ffi;
 mod info;
 mod node;
@@ -60,7 +62,10 @@ fn register_commands(ctx: &Context) -> Result<(), &'static str> {
     register::<commands::Reload>(ctx)?;
     register::<commands::Repair>(ctx)?;
     #[cfg(debug_assertions)]
-    register::<commands::Panic>(ctx)?;
+    {
+        register::<commands::Panic>(ctx)?;
+        register::<commands::Leak>(ctx)?;
+    }
     #[cfg(feature = "ceiling")]
     register::<commands::Ceiling>(ctx)?;
     Ok(())
@@ -138,7 +143,7 @@ fn start(ctx: &Context, args: &[RedisString]) -> Result<(), &'static str> {
     Ok(())
 }
 
-fn unload(_ctx: &Context) -> Status {
+fn unload(ctx: &Context) -> Status {
     ffi::guarded("the module's unload", || {
         if let Some(stopping) = STOPPING
             .lock()
@@ -157,6 +162,7 @@ fn unload(_ctx: &Context) -> Status {
         }
         node::install(None);
         node::forget_arrivals();
+        farewell::close_connections(ctx);
         ffi::close_detached();
         Status::Ok
     })

@@ -497,6 +497,40 @@ fn the_module_can_be_unloaded_and_loaded_again() {
     assert!(server.is_alive());
 }
 
+/// The server frees the module's commands while connections still point to them.
+#[test]
+fn an_unload_closes_the_connections_that_point_to_the_modules_commands() {
+    let mut server = pool().start();
+    let mut client = server.connect();
+    let key = client.pool_key();
+    let (mut user, mut queued, mut other) = (server.connect(), server.connect(), server.connect());
+    let acquire = ["MPOOL.ACQUIRE", key.as_str(), "1000"];
+    user.ok(&acquire);
+    queued.ok(&["MULTI"]);
+    queued.ok(&acquire);
+    queued.ok(&["PING"]);
+    other.ok(&acquire);
+    other.ok(&["SET", "x", "1"]);
+    client.ok(&["MODULE", "UNLOAD", "mpool"]);
+    let listed: String = client.run(&["CLIENT", "LIST"]);
+    assert!(!listed.contains("cmd=mpool."), "{listed}");
+    for (client, words) in [(&mut user, &acquire[..]), (&mut queued, &["EXEC"])] {
+        let error = client.try_run::<Value>(words).unwrap_err();
+        assert!(error.is_connection_dropped(), "{words:?}: {error}");
+    }
+    assert!(other.error(&acquire).contains("unknown command"));
+    let (path, folder) = (module(), server.account_dir());
+    client.ok(&[
+        "MODULE",
+        "LOAD",
+        path.to_str().unwrap(),
+        "account-dir",
+        folder.to_str().unwrap(),
+    ]);
+    assert_eq!(other.acquire(&key, 1000).state, "current");
+    assert!(server.is_alive());
+}
+
 #[test]
 fn the_module_can_be_loaded_into_a_running_server_with_data() {
     let server = Options {

@@ -7,6 +7,8 @@ mod ceiling;
 mod cooldown;
 mod keygen;
 #[cfg(debug_assertions)]
+mod leak;
+#[cfg(debug_assertions)]
 mod panic;
 mod release;
 mod reload;
@@ -19,6 +21,8 @@ pub(crate) use acquire::Acquire;
 pub(crate) use ceiling::Ceiling;
 pub(crate) use cooldown::Cooldown;
 pub(crate) use keygen::Keygen;
+#[cfg(debug_assertions)]
+pub(crate) use leak::Leak;
 #[cfg(debug_assertions)]
 pub(crate) use panic::Panic;
 pub(crate) use release::Release;

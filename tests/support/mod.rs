@@ -26,8 +26,12 @@ pub const DAY: i64 = 86_400_000;
 /// How long anything may take that should happen at once on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
-/// The module, built by `cargo build` before the tests run.
+/// The module, built by `cargo build` before the tests run, or the build of it
+/// that `MPOOL_TEST_MODULE` names.
 pub fn module() -> PathBuf {
+    if let Some(path) = std::env::var_os("MPOOL_TEST_MODULE") {
+        return std::path::absolute(path).unwrap();
+    }
     let test = std::env::current_exe().unwrap();
     let profile = test
         .ancestors()
@@ -44,6 +48,19 @@ pub fn server_binary() -> PathBuf {
         Some(path) => std::path::absolute(path).unwrap(),
         None => "redis-server".into(),
     }
+}
+
+/// Whether the server is built with TLS: then a certificate is what it misses.
+pub fn server_has_tls() -> bool {
+    let folder = tempfile::tempdir().unwrap();
+    let output = Command::new("timeout")
+        .arg("20")
+        .arg(server_binary())
+        .args(["--port", "0", "--tls-port", &free_port().to_string()])
+        .current_dir(folder.path())
+        .output()
+        .unwrap();
+    String::from_utf8_lossy(&output.stdout).contains("No tls-cert-file configured")
 }
 
 /// Where programs are looked for: `redis-cli` is the one beside the server to
@@ -203,6 +220,8 @@ impl Server {
             ("--enable-protected-configs", "yes"),
             // A replica would wait 5 s for others to join it.
             ("--repl-diskless-sync-delay", "0"),
+            // And a primary 10 s for a replica that is gone.
+            ("--shutdown-timeout", "0"),
         ];
         command.args(defaults.iter().flat_map(|(name, value)| [name, value]));
         command.arg("--dir").arg(&data).args(&self.options.server);
@@ -314,6 +333,30 @@ impl Server {
         signal(self.pid(), name);
     }
 
+    /// Asks the process to end, with whatever it does before that.
+    fn end_in_order(&mut self) {
+        let Some(mut child) = self.child.take() else {
+            return;
+        };
+        let asked = Command::new("bash")
+            .args(["-c", "kill \"$0\"", &child.id().to_string()])
+            .status();
+        let deadline = Instant::now() + PATIENCE;
+        let ended = loop {
+            match child.try_wait().unwrap() {
+                None if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(5)),
+                status => break status,
+            }
+        };
+        let _ = child.kill();
+        let _ = child.wait();
+        assert!(
+            ended.is_some_and(|status| status.success()),
+            "the server was asked to end ({asked:?}) and ended with {ended:?}: {}",
+            self.log()
+        );
+    }
+
     /// Whether the process is there; it must never go by itself.
     pub fn is_alive(&mut self) -> bool {
         self.child
@@ -324,6 +367,10 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
+        // A leak is looked for when a process ends by itself.
+        if std::env::var_os("MPOOL_TEST_ORDERLY").is_some() && !std::thread::panicking() {
+            self.end_in_order();
+        }
         self.kill();
         if std::thread::panicking() {
             eprintln!(
