@@ -4,7 +4,7 @@
 .DEFAULT_GOAL := help
 # The targets of `test` build on one another, in this order, under -j too.
 .NOTPARALLEL:
-.PHONY: help run stop test lint unit integration test-servers bench build clean deps-test deps-bench
+.PHONY: help run stop test lint unit integration test-servers sanitize bench build clean deps-test deps-bench
 
 # The folder that make was called from, even with -C: what `make run` prints
 # is to work there.
@@ -38,6 +38,9 @@ integration: build ## the tests that start their own servers
 
 test-servers: deps-test ## the integration tests with Redis 7.0, 8.0, 8.2 and Valkey 8.1 (SERVERS=… for some of them)
 	@scripts/test-servers $(SERVERS)
+
+sanitize: deps-test ## the integration tests and 100,000 commands with AddressSanitizer in the module
+	@scripts/sanitize
 
 bench: deps-bench ## the benchmarks, with an optimised module
 	cargo build --release

@@ -263,6 +263,17 @@ pub(crate) fn guarded<R>(what: &str, run: impl FnOnce() -> R) -> Option<R> {
     }
 }
 
+/// Has panics logged where they happen, and no stack printed: for that, libc's
+/// memory would be freed by the module, and Valkey, which gives modules symbols
+/// of their own (RTLD_DEEPBIND), has the two use different allocators.
+pub(crate) fn log_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        if let Some(place) = panic.location() {
+            log(RedisLogLevel::Warning, &format!("panic at {place}"));
+        }
+    }));
+}
+
 fn log_panic(what: &str, panic: &(dyn Any + Send)) {
     let text = panic.downcast_ref::<&str>().copied();
     let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));

@@ -91,6 +91,7 @@ fn load(ctx: &Context, args: &[RedisString]) -> Status {
 
 fn start(ctx: &Context, args: &[RedisString]) -> Result<(), &'static str> {
     ffi::open_detached(ctx);
+    ffi::log_panics();
     let flags = ctx.get_flags();
     if flags.contains(ContextFlags::CLUSTER) {
         return Err(

@@ -204,7 +204,9 @@ impl Run {
         let mut packed = Vec::new();
         for command in &commands {
             let mut cmd = redis::Cmd::new();
-            command.iter().for_each(|word| drop(cmd.arg(word)));
+            for word in command {
+                cmd.arg(word);
+            }
             packed.extend(cmd.get_packed_command());
         }
         client.connection.send_packed_command(&packed).unwrap();
@@ -280,6 +282,8 @@ fn incident(number: usize, server: &mut Server, replica: &mut Server) {
     let (mut client, mut other) = (server.connect(), replica.connect());
     match number % 8 {
         0 => {
+            // Not while a replica is being fed.
+            wait_for_children(&mut client);
             client.ok(&["SAVE"]);
             client.ok(&["DEBUG", "RELOAD"]);
         }
@@ -317,6 +321,7 @@ fn incident(number: usize, server: &mut Server, replica: &mut Server) {
             client.ok(&["SWAPDB", "0", "1"]);
         }
         _ => {
+            wait_for_children(&mut client);
             client.ok(&["BGSAVE"]);
             wait_for_children(&mut client);
             client.ok(&["FLUSHALL"]);

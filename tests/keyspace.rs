@@ -36,6 +36,8 @@ struct Scene {
     server: Server,
     client: Client,
     words: Vec<(&'static str, String)>,
+    /// The database that the client has selected.
+    database: String,
 }
 
 impl Scene {
@@ -54,6 +56,7 @@ impl Scene {
             server,
             client,
             words,
+            database: "0".to_owned(),
         }
     }
 
@@ -74,6 +77,13 @@ impl Scene {
         }
         let words: Vec<&str> = line.split(' ').collect();
         self.client.ok(&words);
+        match words[..] {
+            ["SELECT", database] => database.clone_into(&mut self.database),
+            // Where a module listens to notifications, Valkey 8.1 leaves the
+            // connection in the database that the key has gone to.
+            ["MOVE", ..] => self.client.ok(&["SELECT", &self.database]),
+            _ => {}
+        }
     }
 
     #[track_caller]

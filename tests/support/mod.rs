@@ -235,6 +235,8 @@ impl Server {
         }
         command
             .current_dir(&data)
+            // Where a panic in the module is worst.
+            .env("RUST_BACKTRACE", "1")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null());
