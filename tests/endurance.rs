@@ -248,8 +248,9 @@ impl Run {
         client.ok(&["MPOOL.RELOAD"]);
         for number in 0..KEYS {
             let record = format!("client_keys:key{number}");
-            client.ok(&["DEL", &record]);
-            client.ok(&["HSET", &record, "tier", "medium", "use_pool", "true"]);
+            client.ok(&["HDEL", &record, "expires_at", "account_name"]);
+            let good = ["tier", "medium", "use_pool", "true", "active", "true"];
+            client.ok(&[&["HSET", &record][..], &good].concat());
         }
     }
 }
@@ -335,6 +336,7 @@ fn nothing_is_lost_in_many_commands_of_every_kind() {
     let persistent = ["--appendonly", "yes", "--repl-backlog-size", "16kb"];
     let mut server = Options::default().server(&persistent).start();
     let mut replica = Options::default().replica_of(&server).start();
+    wait_for_same(&mut server.connect(), &mut replica.connect());
     let mut run = Run {
         rng: seeded(),
         now: 1_755_266_400_000,
