@@ -713,10 +713,10 @@ fn a_request_that_two_accounts_refuse_is_at_fault_itself() {
     stage.upstream.forget();
     check_refusal(&stage.get("/bad"));
     assert_eq!(stage.upstream.count(), 2, "tried on both, and no more");
-    check_not_cooled(&stage.server, &["a", "b"]);
     stage
         .forwarder
         .wait_for_lines(&format!("Account {first} is back in the pool"), 1);
+    check_not_cooled(&stage.server, &["a", "b"]);
     good(&stage.get("/"));
     good(&stage.client().get("/", &other_key));
 }
