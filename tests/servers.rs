@@ -690,8 +690,12 @@ fn two_pools_in_one_place_are_refused() {
     // Whatever the start has left to write is written with the first command.
     client.pool_key();
     client.refused("ERR", &["MODULE", "LOAD", module().to_str().unwrap()]);
-    let mut modules: Vec<BTreeMap<String, Value>> = client.run(&["MODULE", "LIST"]);
-    assert_eq!(text(&modules.remove(0)["name"]), "mpool");
+    let modules: Vec<BTreeMap<String, Value>> = client.run(&["MODULE", "LIST"]);
+    // Redis 8 has modules of its own.
+    let ours = modules
+        .iter()
+        .filter(|module| text(&module["name"]) == "mpool");
+    assert_eq!(ours.count(), 1, "{modules:?}");
 }
 
 #[test]
