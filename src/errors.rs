@@ -11,6 +11,9 @@ pub(crate) enum Failure {
     Refused(Refusal),
     /// The account's file isn't on this node, so there is no token to give.
     NoToken,
+    /// The caller's `now` is too far from this server's clock. What would be
+    /// accepted at this moment, in unix ms, both ends included.
+    ClockSkew { from: i64, to: i64 },
     /// An argument isn't what the command takes; the text says what is.
     Syntax(&'static str),
     /// A key of the pool holds another type than it should.
@@ -36,13 +39,14 @@ impl From<Refusal> for Failure {
 }
 
 /// What counts refusals in `INFO`: the code words that clients meet.
-pub(crate) const CODES: [&str; 7] = [
+pub(crate) const CODES: [&str; 8] = [
     "nokey",
     "revoked",
     "expired",
     "poolfull",
     "noaccount",
     "notoken",
+    "clockskew",
     "err",
 ];
 
@@ -58,7 +62,8 @@ impl Failure {
                 Refusal::NoAccount { .. } | Refusal::BoundAccount | Refusal::NoSuchAccount,
             ) => 4,
             Self::NoToken => 5,
-            _ => 6,
+            Self::ClockSkew { .. } => 6,
+            _ => 7,
         }
     }
 }
@@ -68,6 +73,12 @@ impl fmt::Display for Failure {
         f.write_str(match self {
             Self::Refused(refusal) => return refused(refusal, f),
             Self::NoToken => "NOTOKEN the account's file is not on this node, so its token is not known here",
+            Self::ClockSkew { from, to } => {
+                return write!(
+                    f,
+                    "CLOCKSKEW now is too far from this server's clock; accepted is {from} to {to}, or * for that clock"
+                );
+            }
             Self::Syntax(expected) => return write!(f, "ERR {expected}"),
             Self::WrongType => "WRONGTYPE a key of the pool holds another type of value than it should",
             Self::OutOfMemory => "OOM command not allowed when used memory > 'maxmemory'.",
@@ -130,7 +141,11 @@ mod tests {
             Refusal::BoundAccount,
             Refusal::NoSuchAccount,
         ];
-        let others = [Failure::NoToken, Failure::Syntax("now must be a number")];
+        let others = [
+            Failure::NoToken,
+            Failure::ClockSkew { from: 0, to: 1 },
+            Failure::Syntax("now must be a number"),
+        ];
         for failure in refusals.map(Failure::from).into_iter().chain(others) {
             let text = failure.to_string();
             let word = text.split(' ').next().unwrap().to_lowercase();

@@ -105,7 +105,11 @@ fn start(ctx: &Context, args: &[RedisString]) -> Result<(), &'static str> {
     let mut scanner = accounts::Scanner::new(settings::account_dir());
     let found = scanner.full(std::time::Instant::now());
     let pool = pool::Pool::new(settings::slots_per_account(), settings::rotation_ms());
-    let mut node = node::Node::new(pool, flags.contains(ContextFlags::MASTER));
+    let mut node = node::Node::new(
+        pool,
+        settings::choice(),
+        flags.contains(ContextFlags::MASTER),
+    );
     if !found.readable.contains(&true) {
         ffi::log(
             RedisLogLevel::Warning,

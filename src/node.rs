@@ -1,14 +1,13 @@
-//! The one pool of this server, with what belongs to it: counters, the random
-//! source, the account files that can't be used, the watcher. Commands and
+//! The one pool of this server, with what belongs to it: counters, how ties are
+//! broken, the account files that can't be used, the watcher. Commands and
 //! events reach it here, and nobody holds on to it while Redis is written to.
 
 use crate::accounts::{Change, Watcher};
 use crate::background;
 use crate::errors::{CODES, Failure};
 use crate::ffi;
-use crate::pool::{Effect, Pool, State, Tier};
+use crate::pool::{Choice, Effect, Pool, State, Tier};
 use crate::store::{self, PoolKey};
-use rand::rngs::SmallRng;
 use redis_module::{Context, ContextFlags};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
@@ -63,7 +62,7 @@ impl Counters {
 pub(crate) struct Node {
     pub(crate) pool: Pool,
     pub(crate) counters: Counters,
-    pub(crate) rng: SmallRng,
+    pub(crate) choice: Choice,
     /// Account files that can't be used because of their names: tier and file,
     /// made printable.
     pub(crate) bad_names: BTreeMap<(Tier, String), &'static str>,
@@ -77,11 +76,11 @@ pub(crate) struct Node {
 }
 
 impl Node {
-    pub(crate) fn new(pool: Pool, is_primary: bool) -> Self {
+    pub(crate) fn new(pool: Pool, choice: Choice, is_primary: bool) -> Self {
         Self {
             pool,
             counters: Counters::default(),
-            rng: rand::make_rng(),
+            choice,
             bad_names: BTreeMap::new(),
             complaints: 0,
             is_primary,

@@ -4,7 +4,7 @@
 use crate::accounts::Watcher;
 use crate::ffi;
 use crate::node;
-use crate::pool::{DEFAULT_CAPACITY, DEFAULT_ROTATION_MS, MAX_CAPACITY, MAX_ROTATION_MS};
+use crate::pool::{Choice, DEFAULT_CAPACITY, DEFAULT_ROTATION_MS, MAX_CAPACITY, MAX_ROTATION_MS};
 use redis_module::configuration::{
     ConfigurationContext, ConfigurationFlags, register_i64_configuration,
     register_string_configuration,
@@ -18,10 +18,16 @@ use std::sync::atomic::{AtomicI64, AtomicPtr, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 const ACCEPTED: &str = "accepted module arguments are: account-dir FOLDER, \
-     slots-per-account 1..1024, rotation-ms 1..31536000000";
+     slots-per-account 1..1024, rotation-ms 1..31536000000, max-clock-skew-ms 0..31536000000, \
+     choice-seed 0..9223372036854775807";
+
+/// The most that callers' clocks may be allowed to be off: 365 days, in ms.
+const MAX_SKEW_MS: i64 = 31_536_000_000;
 
 static SLOTS_PER_ACCOUNT: AtomicI64 = AtomicI64::new(DEFAULT_CAPACITY as i64);
 static ROTATION_MS: AtomicI64 = AtomicI64::new(DEFAULT_ROTATION_MS);
+static MAX_CLOCK_SKEW_MS: AtomicI64 = AtomicI64::new(0);
+static CHOICE_SEED: AtomicI64 = AtomicI64::new(0);
 static ACCOUNT_DIR: AccountDir = AccountDir(Mutex::new(String::new()));
 
 /// The account folder as `CONFIG GET` shows it.
@@ -94,6 +100,20 @@ pub(crate) fn rotation_ms() -> i64 {
     ROTATION_MS.load(Ordering::Relaxed)
 }
 
+/// How far a caller's `now` may be from this server's clock, in ms; none: any
+/// distance will do.
+pub(crate) fn max_clock_skew_ms() -> Option<i64> {
+    Some(MAX_CLOCK_SKEW_MS.load(Ordering::Relaxed)).filter(|&skew| skew > 0)
+}
+
+/// How ties between accounts are to be broken.
+pub(crate) fn choice() -> Choice {
+    match u64::try_from(CHOICE_SEED.load(Ordering::Relaxed)) {
+        Err(_) | Ok(0) => Choice::Random(rand::make_rng()),
+        Ok(seed) => Choice::Seeded(seed),
+    }
+}
+
 /// The folder with the account files, as an absolute path.
 pub(crate) fn account_dir() -> PathBuf {
     PathBuf::from(ACCOUNT_DIR.text())
@@ -102,6 +122,8 @@ pub(crate) fn account_dir() -> PathBuf {
 struct Arguments {
     slots_per_account: i64,
     rotation_ms: i64,
+    max_clock_skew_ms: i64,
+    choice_seed: i64,
     account_dir: String,
 }
 
@@ -109,13 +131,15 @@ fn parse(args: &[RedisString]) -> Result<Arguments, &'static str> {
     let mut parsed = Arguments {
         slots_per_account: i64::from(DEFAULT_CAPACITY),
         rotation_ms: DEFAULT_ROTATION_MS,
+        max_clock_skew_ms: 0,
+        choice_seed: 0,
         account_dir: folder(b"account")?,
     };
-    let number = |value: &RedisString, max: i64| {
+    let number = |value: &RedisString, min: i64, max: i64| {
         let number = std::str::from_utf8(value.as_slice())
             .ok()
             .and_then(|text| text.parse::<i64>().ok());
-        number.filter(|number| (1..=max).contains(number))
+        number.filter(|number| (min..=max).contains(number))
     };
     let mut args = args.iter();
     while let Some(name) = args.next() {
@@ -123,12 +147,22 @@ fn parse(args: &[RedisString]) -> Result<Arguments, &'static str> {
         match name.as_slice() {
             b"account-dir" => parsed.account_dir = folder(value.as_slice())?,
             b"slots-per-account" => {
-                parsed.slots_per_account = number(value, i64::from(MAX_CAPACITY))
+                parsed.slots_per_account = number(value, 1, i64::from(MAX_CAPACITY))
                     .ok_or("slots-per-account must be a number from 1 to 1024")?;
             }
             b"rotation-ms" => {
-                parsed.rotation_ms = number(value, MAX_ROTATION_MS)
+                parsed.rotation_ms = number(value, 1, MAX_ROTATION_MS)
                     .ok_or("rotation-ms must be a number of milliseconds from 1 to 31536000000")?;
+            }
+            b"max-clock-skew-ms" => {
+                parsed.max_clock_skew_ms = number(value, 0, MAX_SKEW_MS).ok_or(
+                    "max-clock-skew-ms must be a number of milliseconds from 0 (off) to 31536000000",
+                )?;
+            }
+            b"choice-seed" => {
+                parsed.choice_seed = number(value, 0, i64::MAX).ok_or(
+                    "choice-seed must be a number from 0 (at random) to 9223372036854775807",
+                )?;
             }
             _ => return Err("there is a module argument that mpool does not know"),
         }
@@ -144,6 +178,8 @@ pub(crate) fn register(ctx: &Context, args: &[RedisString]) -> Result<(), ()> {
     // The server applies the defaults too; this is for one that does not.
     SLOTS_PER_ACCOUNT.store(args.slots_per_account, Ordering::Relaxed);
     ROTATION_MS.store(args.rotation_ms, Ordering::Relaxed);
+    MAX_CLOCK_SKEW_MS.store(args.max_clock_skew_ms, Ordering::Relaxed);
+    CHOICE_SEED.store(args.choice_seed, Ordering::Relaxed);
     ACCOUNT_DIR.store(args.account_dir.clone());
     register_i64_configuration(
         ctx,
@@ -169,6 +205,28 @@ pub(crate) fn register(ctx: &Context, args: &[RedisString]) -> Result<(), ()> {
         ConfigurationFlags::DEFAULT,
         Some(Box::new(|_, _, _| {
             let _ = node::with(|node| node.pool.set_rotation_ms(rotation_ms()));
+        })),
+    );
+    register_i64_configuration(
+        ctx,
+        "max-clock-skew-ms",
+        &MAX_CLOCK_SKEW_MS,
+        args.max_clock_skew_ms,
+        0,
+        MAX_SKEW_MS,
+        ConfigurationFlags::DEFAULT,
+        None,
+    );
+    register_i64_configuration(
+        ctx,
+        "choice-seed",
+        &CHOICE_SEED,
+        args.choice_seed,
+        0,
+        i64::MAX,
+        ConfigurationFlags::DEFAULT,
+        Some(Box::new(|_, _, _| {
+            let _ = node::with(|node| node.choice = choice());
         })),
     );
     register_string_configuration(

@@ -830,6 +830,7 @@ fn info_counts() {
         ("refused_poolfull", 1),
         ("refused_noaccount", 0),
         ("refused_notoken", 0),
+        ("refused_clockskew", 0),
         ("refused_err", 0),
         ("accounts", 2),
         ("slots", 4),
@@ -894,6 +895,8 @@ fn settings_can_be_read_and_changed() {
     };
     assert_eq!(get(&mut client, "mpool.slots-per-account"), "2");
     assert_eq!(get(&mut client, "mpool.rotation-ms"), DAY.to_string());
+    assert_eq!(get(&mut client, "mpool.max-clock-skew-ms"), "0");
+    assert_eq!(get(&mut client, "mpool.choice-seed"), "0");
     let folder = server.account_dir().to_string_lossy().into_owned();
     assert_eq!(get(&mut client, "mpool.account-dir"), folder);
     for (name, value) in [
@@ -901,6 +904,10 @@ fn settings_can_be_read_and_changed() {
         ("slots-per-account", "1024"),
         ("rotation-ms", "1"),
         ("rotation-ms", "31536000000"),
+        ("choice-seed", "9223372036854775807"),
+        ("choice-seed", "0"),
+        ("max-clock-skew-ms", "31536000000"),
+        ("max-clock-skew-ms", "0"),
     ] {
         let name = format!("mpool.{name}");
         client.ok(&["CONFIG", "SET", &name, value]);
@@ -938,6 +945,14 @@ fn settings_can_be_read_and_changed() {
                 b"%s%n",
                 "一".as_bytes(),
             ],
+        ),
+        (
+            "max-clock-skew-ms",
+            &[b"31536000001", b"-1", b"1d", b"", b"\xff"],
+        ),
+        (
+            "choice-seed",
+            &[b"9223372036854775808", b"-1", b"dice", b"", b"\xff"],
         ),
         (
             "account-dir",
@@ -1020,6 +1035,15 @@ fn bad_settings_refuse_to_load_and_say_what_would_be_accepted() {
         (&["rotation-ms", "0"], "from 1 to 31536000000"),
         (&["rotation-ms", "-5"], "from 1 to 31536000000"),
         (&["rotation-ms", "%s%n"], "from 1 to 31536000000"),
+        (&["max-clock-skew-ms", "-1"], "from 0 (off) to 31536000000"),
+        (
+            &["max-clock-skew-ms", "31536000001"],
+            "from 0 (off) to 31536000000",
+        ),
+        (
+            &["choice-seed", "9223372036854775808"],
+            "from 0 (at random) to 9223372036854775807",
+        ),
         (&["account-dir", ""], "path of a folder"),
         (&["account-dir", "/etc/passwd"], "a folder, not a file"),
         (&["slot-per-account", "2"], "does not know"),
@@ -1042,6 +1066,8 @@ fn bad_settings_refuse_to_load_and_say_what_would_be_accepted() {
         ("mpool.slots-per-account 0", "1024"),
         ("mpool.slots-per-account many", "integer"),
         ("mpool.rotation-ms -1", "31536000000"),
+        ("mpool.max-clock-skew-ms 1d", "integer"),
+        ("mpool.choice-seed -1", "9223372036854775807"),
         ("mpool.account-dir /etc/passwd", "folder"),
     ];
     for (line, expected) in lines {
@@ -1064,8 +1090,11 @@ fn good_settings_in_the_configuration_file_hold() {
         module().to_str().unwrap(),
         "slots-per-account",
         "3",
+        "max-clock-skew-ms",
+        "60000",
     ])
     .server(&["--mpool.rotation-ms", "5000", "--mpool.account-dir", &dir])
+    .server(&["--mpool.choice-seed", "42"])
     .start();
     let mut client = server.connect();
     let found: BTreeMap<String, String> = client.run(&["CONFIG", "GET", "mpool.*"]);
@@ -1075,6 +1104,8 @@ fn good_settings_in_the_configuration_file_hold() {
         .collect();
     let expected = [
         ("mpool.account-dir", dir.as_str()),
+        ("mpool.choice-seed", "42"),
+        ("mpool.max-clock-skew-ms", "60000"),
         ("mpool.rotation-ms", "5000"),
         ("mpool.slots-per-account", "3"),
     ];

@@ -49,13 +49,14 @@ fn bad_values() -> Vec<(&'static str, Vec<u8>)> {
 }
 
 /// What the server may begin an error with.
-const CODES: [&str; 8] = [
+const CODES: [&str; 9] = [
     "NOKEY",
     "REVOKED",
     "EXPIRED",
     "POOLFULL",
     "NOACCOUNT",
     "NOTOKEN",
+    "CLOCKSKEW",
     "ERR",
     "WRONGTYPE",
 ];

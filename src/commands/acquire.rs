@@ -43,7 +43,7 @@ fn run(call: &Call<'_>) -> Result<(), Failure> {
 fn acquire(call: &Call<'_>, key: &str, now: i64, with_token: bool) -> Result<(), Failure> {
     loop {
         let decided = node::with(|node| -> Result<Option<Decision>, Failure> {
-            let decision = node.pool.acquire(key, now, &mut node.rng)?;
+            let decision = node.pool.acquire(key, now, &mut node.choice)?;
             if with_token && node.pool.credential(decision.account).is_none() {
                 return Err(Failure::NoToken);
             }

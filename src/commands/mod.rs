@@ -35,6 +35,7 @@ use crate::errors::Failure;
 use crate::ffi::{Arg, ArgKind, Call, Reply};
 use crate::node;
 use crate::pool::{MAX_INSTANT, Tier, names};
+use crate::settings;
 
 const KEY: Arg = Arg::new(c"key", ArgKind::Text);
 const NOW: Arg = Arg::new(c"now", ArgKind::Instant);
@@ -53,8 +54,30 @@ fn key<'a>(call: &Call<'a>, place: usize) -> Result<&'a str, Failure> {
     ))
 }
 
-/// An instant in unix ms; `*` is this server's clock.
+/// The caller's clock in unix ms, no further from this server's than the setting
+/// `max-clock-skew-ms` allows; `*` is this server's clock.
 fn now(bytes: Option<&[u8]>) -> Result<i64, Failure> {
+    let now = instant(bytes)?;
+    match settings::max_clock_skew_ms() {
+        // Not read twice: `*` is never off.
+        Some(skew) if bytes != Some(b"*") => within(skew, node::clock(), now),
+        _ => Ok(now),
+    }
+}
+
+/// `now`, if it is at most `skew` ms away from `clock` in either direction.
+fn within(skew: i64, clock: i64, now: i64) -> Result<i64, Failure> {
+    let from = clock.saturating_sub(skew).max(0);
+    let to = clock.saturating_add(skew).min(MAX_INSTANT);
+    if (from..=to).contains(&now) {
+        Ok(now)
+    } else {
+        Err(Failure::ClockSkew { from, to })
+    }
+}
+
+/// An instant in unix ms, whichever; `*` is this server's clock.
+fn instant(bytes: Option<&[u8]>) -> Result<i64, Failure> {
     if bytes == Some(b"*") {
         return Ok(node::clock());
     }
@@ -163,5 +186,46 @@ impl ReplyExt for Reply {
     fn field_count(&self, name: &str, count: u64) {
         self.text(name);
         self.integer(i64::try_from(count).unwrap_or(i64::MAX));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_now_is_refused_from_the_first_millisecond_beyond_the_skew() {
+        let clock = 1_755_266_400_000;
+        let refused = Err(Failure::ClockSkew {
+            from: clock - 5000,
+            to: clock + 5000,
+        });
+        for (now, expected) in [
+            (clock, Ok(clock)),
+            (clock - 5000, Ok(clock - 5000)),
+            (clock + 5000, Ok(clock + 5000)),
+            (clock - 5001, refused.clone()),
+            (clock + 5001, refused.clone()),
+            (0, refused.clone()),
+            (MAX_INSTANT, refused),
+        ] {
+            assert_eq!(within(5000, clock, now), expected, "{now}");
+        }
+    }
+
+    #[test]
+    fn what_would_be_accepted_is_never_an_instant_that_is_not() {
+        assert_eq!(
+            within(5000, 1000, 6001),
+            Err(Failure::ClockSkew { from: 0, to: 6000 })
+        );
+        assert_eq!(
+            within(5000, MAX_INSTANT, 0),
+            Err(Failure::ClockSkew {
+                from: MAX_INSTANT - 5000,
+                to: MAX_INSTANT
+            })
+        );
+        assert_eq!(within(i64::MAX, i64::MAX, 0), Ok(0));
     }
 }

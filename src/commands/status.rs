@@ -70,8 +70,9 @@ impl Command for Status {
     }
 }
 
+/// The instant to show the pool at. Asking changes nothing, so any will do.
 fn now(bytes: Option<&[u8]>) -> Result<i64, Failure> {
-    bytes.map_or_else(|| Ok(node::clock()), |now| super::now(Some(now)))
+    bytes.map_or_else(|| Ok(node::clock()), |now| super::instant(Some(now)))
 }
 
 fn count(bytes: Option<&[u8]>) -> Result<usize, Failure> {

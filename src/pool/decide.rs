@@ -3,9 +3,8 @@
 
 use super::account::{Account, Class};
 use super::key::{Key, NEVER, Standing};
-use super::{AccountId, Effect, File, KeyId, Pool, SWEEP_LIMIT, Tier, key::Flaw};
+use super::{AccountId, Choice, Effect, File, KeyId, Pool, SWEEP_LIMIT, Tier, key::Flaw};
 use crate::accounts::Credential;
-use rand::{Rng, RngExt};
 
 /// How a key came by its account.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,12 +91,12 @@ impl Pool {
     /// A current lease is answered as it is. Otherwise the key's own slot, the
     /// slots of overdue leases and those of accounts that may no longer be lent
     /// count as free, and the lendable account with the fewest slots in use is
-    /// chosen, ties by `rng`, not the key's last account while another ties.
+    /// chosen, ties by `choice`, not the key's last account while another ties.
     pub(crate) fn acquire(
         &mut self,
         name: &str,
         now: i64,
-        rng: &mut impl Rng,
+        choice: &mut Choice,
     ) -> Result<Decision, Refusal> {
         let id = self.find_key(name).ok_or(Refusal::NoKey)?;
         let key = self.key(id).ok_or(Refusal::NoKey)?;
@@ -137,7 +136,7 @@ impl Pool {
             None if over => State::Rotated,
             None => State::Failover,
         };
-        self.choose(id, state, now, rng)
+        self.choose(id, state, now, choice)
     }
 
     fn bound(&self, account: Option<AccountId>, now: i64) -> Result<Decision, Refusal> {
@@ -161,7 +160,7 @@ impl Pool {
         id: KeyId,
         state: State,
         now: i64,
-        rng: &mut impl Rng,
+        choice: &mut Choice,
     ) -> Result<Decision, Refusal> {
         self.advance(now);
         let mut supposed = Vec::new();
@@ -175,7 +174,7 @@ impl Pool {
                 self.suppose_one_free(now, &mut supposed);
             }
         }
-        let chosen = self.pick(avoided, rng).or_else(|| {
+        let chosen = self.pick(id, avoided, now, choice).or_else(|| {
             // An account that this node has no file of can't be lent anew, but
             // a key that holds a slot of it is never refused for that.
             own.filter(|&own| {
@@ -242,24 +241,25 @@ impl Pool {
         Refusal::PoolFull { next }
     }
 
-    /// One of the least used lendable accounts.
-    fn pick(&self, avoided: Option<AccountId>, rng: &mut impl Rng) -> Option<AccountId> {
+    /// One of the least used lendable accounts, for the key.
+    fn pick(
+        &self,
+        key: KeyId,
+        avoided: Option<AccountId>,
+        now: i64,
+        choice: &mut Choice,
+    ) -> Option<AccountId> {
         let ties = self.tier(Tier::Medium).least_used()?;
         let place = avoided.and_then(|id| self.places.get(id.slot()));
         let place = place
             .map(|&place| place as usize)
             .filter(|&place| ties.len() > 1 && ties.get(place).copied() == avoided);
-        let position = match place {
-            Some(place) => {
-                let position = rng.random_range(0..ties.len() - 1);
-                if position >= place {
-                    position + 1
-                } else {
-                    position
-                }
-            }
-            None => rng.random_range(0..ties.len()),
+        let key = self.key(key).map_or("", |key| &*key.name);
+        let name = |position: usize| {
+            let id = ties.get(position).copied();
+            id.and_then(|id| self.account_name(id)).unwrap_or_default()
         };
+        let position = choice.position(ties.len(), place, (key, now), name)?;
         ties.get(position).copied()
     }
 

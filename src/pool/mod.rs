@@ -10,10 +10,12 @@
 //! - `view`: bringing observations in
 //! - `index`: the orders that keep every decision cheap
 //! - `decide`: what commands do
+//! - `choice`: how ties are broken
 //! - `settle`: putting right what the keyspace and the view disagree about
 //! - `status`: what an operator is shown
 
 mod account;
+mod choice;
 mod decide;
 mod index;
 mod key;
@@ -29,9 +31,12 @@ mod audit;
 #[cfg(test)]
 mod model;
 #[cfg(test)]
+mod states;
+#[cfg(test)]
 mod tests;
 
 pub(crate) use account::{AccountId, Cooldown, File, Stored};
+pub(crate) use choice::Choice;
 pub(crate) use decide::{Decision, Refusal, State};
 pub(crate) use index::Tally;
 pub(crate) use key::{Flaw, KeyFields, KeyId, KeyRecord, Rotation, RotationFields};

@@ -2,10 +2,10 @@
 //! it, as naively as possible: no index, everything counted anew.
 
 use super::{
-    Cooldown, Decision, Effect, File, KeyRecord, Pool, Refusal, Rotation, State, Stored, Tier,
+    Choice, Cooldown, Decision, Effect, File, KeyRecord, Pool, Refusal, Rotation, State, Stored,
+    Tier,
 };
 use crate::accounts::Credential;
-use rand::rngs::SmallRng;
 use std::collections::{BTreeMap, BTreeSet};
 
 pub(super) fn credential(expires_at: Option<i64>) -> Credential {
@@ -248,10 +248,10 @@ impl World {
         &mut self,
         key: &str,
         now: i64,
-        rng: &mut SmallRng,
+        choice: &mut Choice,
     ) -> Result<Decision, Refusal> {
         self.settle();
-        let decision = self.pool.acquire(key, now, rng)?;
+        let decision = self.pool.acquire(key, now, choice)?;
         self.carry_out(&decision.effects);
         Ok(decision)
     }

@@ -175,7 +175,9 @@ impl Pool {
         if excess > 0 {
             // Those who came last go first.
             let mut holders = account.holders.to_vec();
-            holders.sort_by_key(|&key| std::cmp::Reverse((self.key(key).map(|key| key.last), key)));
+            // Names decide between equals: the keyspace knows nothing else.
+            let order = |&id: &KeyId| self.key(id).map(|key| (key.last, &*key.name));
+            holders.sort_by(|one, other| order(other).cmp(&order(one)));
             effects.extend(
                 holders
                     .iter()

@@ -2,7 +2,7 @@
 //! the naive model of `model`.
 
 use super::model::{Expected, Lease, Record, World, credential};
-use super::{Cooldown, Refusal, SWEEP_LIMIT, State, Stored, Tier};
+use super::{Choice, Cooldown, Refusal, SWEEP_LIMIT, State, Stored, Tier};
 use proptest::prelude::*;
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
@@ -10,8 +10,8 @@ use std::collections::BTreeSet;
 
 const DAY: i64 = 86_400_000;
 
-fn rng() -> SmallRng {
-    SmallRng::seed_from_u64(7)
+fn random(seed: u64) -> Choice {
+    Choice::Random(SmallRng::seed_from_u64(seed))
 }
 
 fn pooled(expires_at: Option<i64>) -> Record {
@@ -38,7 +38,7 @@ fn world(accounts: &[&str], keys: &[&str]) -> World {
 impl World {
     #[track_caller]
     fn get(&mut self, key: &str, now: i64) -> (String, State) {
-        let decision = self.acquire(key, now, &mut rng()).unwrap();
+        let decision = self.acquire(key, now, &mut random(7)).unwrap();
         self.check();
         self.pool.audit();
         (
@@ -53,7 +53,7 @@ impl World {
             self.slots.clone(),
             self.records.clone(),
         );
-        let refusal = self.acquire(key, now, &mut rng()).unwrap_err();
+        let refusal = self.acquire(key, now, &mut random(7)).unwrap_err();
         assert_eq!(
             before,
             (
@@ -248,9 +248,7 @@ fn ties_are_broken_at_random_among_all() {
     let mut seen = BTreeSet::new();
     for seed in 0..200 {
         let mut world = world(&accounts, &["1"]);
-        let decision = world
-            .acquire("1", 0, &mut SmallRng::seed_from_u64(seed))
-            .unwrap();
+        let decision = world.acquire("1", 0, &mut random(seed)).unwrap();
         seen.insert(
             world
                 .pool
@@ -338,7 +336,7 @@ fn a_name_without_a_file_is_left_alone_where_files_are_not_known() {
         ("far".to_owned(), State::Rotated),
         "who holds a slot is not refused"
     );
-    let decision = world.acquire("1", DAY + 1, &mut rng()).unwrap();
+    let decision = world.acquire("1", DAY + 1, &mut random(7)).unwrap();
     assert!(world.pool.credential(decision.account).is_none());
     world.set_record("2", Some(pooled(None)));
     assert_eq!(world.refusal("2", 5), Refusal::NoAccount { next: None });
@@ -360,6 +358,22 @@ fn fewer_slots_than_before_are_given_up_by_those_who_came_last() {
     world.check();
     assert!(world.account_of("1").is_some());
     assert_eq!(world.account_of("2"), None);
+}
+
+/// The view numbers keys as they come in; a rebuilt one numbers them otherwise.
+#[test]
+fn of_those_who_came_at_once_the_same_go_however_the_view_was_built() {
+    for keys in [["1", "2"], ["2", "1"]] {
+        let mut world = world(&["a"], &keys);
+        for key in keys {
+            world.get(key, 0);
+        }
+        world.set_capacity(1);
+        world.settle();
+        world.check();
+        assert_eq!(world.account_of("1").as_deref(), Some("a"), "{keys:?}");
+        assert_eq!(world.account_of("2"), None, "{keys:?}");
+    }
 }
 
 /// One step of a random run. Numbers are taken modulo what there is.
@@ -417,11 +431,11 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// A run under way: a world, its clock and its random source.
+/// A run under way: a world, its clock and how it chooses.
 struct Run {
     world: World,
     now: i64,
-    rng: SmallRng,
+    choice: Choice,
 }
 
 impl Run {
@@ -533,7 +547,7 @@ impl Run {
             world.slots.clone(),
             world.cooldowns.clone(),
         );
-        let decision = world.acquire(key, now, &mut self.rng);
+        let decision = world.acquire(key, now, &mut self.choice);
         let decision = match (decision, expected) {
             (Err(refusal), expected) => {
                 assert_eq!(Expected::Refused(refusal), expected);
@@ -596,6 +610,55 @@ impl Run {
     }
 }
 
+/// What a caller whose clock is off does: who, for which key, at how much more
+/// than its usual error, and what.
+type Call = (usize, u8, i64, u8);
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Callers a day ahead, right and a day behind, all of them jumping by up
+    /// to a day: the invariants hold after every command, and no lease begins
+    /// or ends later than the error of the clocks explains.
+    #[test]
+    fn clocks_that_are_off_move_a_lease_by_no_more_than_they_are_off(
+        seed: u64,
+        calls in proptest::collection::vec((0..3_usize, any::<u8>(), -DAY..=DAY, 0..10_u8), 1..80),
+    ) {
+        let mut world = world(&["account0", "account1"], &[]);
+        for key in 0..6 {
+            world.set_record(&Run::key(key), Some(pooled(None)));
+        }
+        let mut run = Run { world, now: 0, choice: random(seed) };
+        // The right time, which goes on by an hour from call to call.
+        let mut right = 10 * DAY;
+        let calls: &[Call] = &calls;
+        for &(caller, which, jump, what) in calls {
+            let off = ([-DAY, 0, DAY][caller] + jump).clamp(-DAY, DAY);
+            run.now = right + off;
+            run.step(&match what {
+                0 => Step::Release(which, true),
+                1 => Step::Cool(which % 2, 3_600_000),
+                2 => Step::Warm(which % 2),
+                _ => Step::Acquire(which % 6),
+            });
+            for lease in run.world.leases.values() {
+                prop_assert!(lease.last.is_none_or(|last| last <= right + DAY));
+                prop_assert!(lease.next.is_none_or(|next| next <= right + 2 * DAY));
+            }
+            right += 3_600_000;
+        }
+        // All clocks right again: after a lease's time and the error at most,
+        // any command that chooses finds all of it past.
+        run.now = right + 2 * DAY;
+        run.step(&Step::Warm(0));
+        run.step(&Step::Warm(1));
+        run.step(&Step::Acquire(0));
+        let held = run.world.leases.values().filter(|lease| lease.account.is_some());
+        prop_assert_eq!(held.count(), 1);
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 3000, failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -611,7 +674,7 @@ proptest! {
         for key in 0..5 {
             world.set_record(&Run::key(key), Some(pooled(None)));
         }
-        let mut run = Run { world, now: 5 * DAY, rng: SmallRng::seed_from_u64(seed) };
+        let mut run = Run { world, now: 5 * DAY, choice: random(seed) };
         for step in &steps {
             run.step(step);
         }
