@@ -368,6 +368,9 @@ impl<'a> Writer<'a> {
                 let name = PoolKey::Slots(*tier, account).name();
                 ffi::set_number(self.ctx, &name, *used).map_err(|error| refused("SET", &error.0))
             }
+            Effect::Uncount { tier, account } => {
+                self.write("DEL", &[&PoolKey::Slots(*tier, account).name()])
+            }
             Effect::Leave { tier, account } => {
                 let names = [
                     PoolKey::Slots(*tier, account).name(),

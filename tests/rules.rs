@@ -360,6 +360,24 @@ fn a_cooldown_frees_every_holder_and_ends_by_itself() {
 }
 
 #[test]
+fn a_cooldown_outlives_a_file_that_is_broken_for_a_while() {
+    let server = Options::default().accounts(&["a"]).start();
+    let mut client = server.connect();
+    let key = client.pool_key();
+    client.ok(&["MPOOL.COOLDOWN", "medium", "a", &NOW.to_string(), "1000"]);
+    server.write_account("medium/a", "{");
+    client.ok(&["MPOOL.RELOAD"]);
+    client.wait_for_account("a", false);
+    check(&mut client);
+    server.write_account("medium/a", &bearer("a"));
+    client.ok(&["MPOOL.RELOAD"]);
+    let before = (NOW + 999).to_string();
+    client.refused("NOACCOUNT", &["MPOOL.ACQUIRE", &key, &before]);
+    assert_eq!(client.acquire(&key, NOW + 1000).account, "a");
+    check(&mut client);
+}
+
+#[test]
 fn a_token_that_expires_is_not_lent_from_that_millisecond_on() {
     let server = Options::default()
         .file(

@@ -33,7 +33,9 @@ impl Command for Repair {
             let effects = node::with(|node| node.pool.settle(SETTLE_LIMIT))?;
             for effect in &effects {
                 match effect {
-                    Effect::Slots { .. } | Effect::Leave { .. } => counters += 1,
+                    Effect::Slots { .. } | Effect::Uncount { .. } | Effect::Leave { .. } => {
+                        counters += 1
+                    }
                     _ => leases += 1,
                 }
             }

@@ -97,7 +97,10 @@ pub(crate) enum Effect {
         account: Box<str>,
         used: u64,
     },
-    /// The account has left the pool: its counter goes.
+    /// The account's file can't be used: its counter goes. A cooldown stays, as
+    /// the file may be put right before that is over.
+    Uncount { tier: Tier, account: Box<str> },
+    /// The account has left the pool: its counter and its cooldown go.
     Leave { tier: Tier, account: Box<str> },
     /// The account isn't lent until the instant.
     Cool {

@@ -187,6 +187,7 @@ impl World {
                 account,
                 used,
             } => self.set_slots(*tier, account, Stored::Count(*used)),
+            Effect::Uncount { tier, account } => self.set_slots(*tier, account, Stored::Absent),
             Effect::Leave { tier, account } => {
                 self.set_slots(*tier, account, Stored::Absent);
                 self.set_cooldown(*tier, account, Cooldown::default());

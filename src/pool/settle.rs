@@ -198,9 +198,16 @@ impl Pool {
                     used,
                 });
             }
-            Some(Stored::Absent) => effects.push(Effect::Leave {
-                tier,
-                account: name,
+            Some(Stored::Absent) => effects.push(if account.class == Class::Invalid {
+                Effect::Uncount {
+                    tier,
+                    account: name,
+                }
+            } else {
+                Effect::Leave {
+                    tier,
+                    account: name,
+                }
             }),
             _ => {}
         }

@@ -169,6 +169,28 @@ fn a_cooldown_moves_holders_on_and_ends_by_itself() {
 }
 
 #[test]
+fn a_cooldown_outlives_a_file_that_is_broken_for_a_while() {
+    let mut world = world(&["a"], &["1"]);
+    world.get("1", 0);
+    world.cool("a", 10, Some(60)).unwrap();
+    world.set_file(Tier::Medium, "a", Some(None));
+    world.settle();
+    world.check();
+    world.set_file(Tier::Medium, "a", Some(Some(credential(None))));
+    world.settle();
+    assert_eq!(
+        world.refusal("1", 59),
+        Refusal::NoAccount { next: Some(60) }
+    );
+    // A file that was gone makes a new account.
+    world.set_file(Tier::Medium, "a", None);
+    world.settle();
+    world.set_file(Tier::Medium, "a", Some(Some(credential(None))));
+    world.settle();
+    assert_eq!(world.get("1", 59).0, "a");
+}
+
+#[test]
 fn an_expired_token_moves_holders_on() {
     let mut world = world(&["a"], &["1", "2"]);
     world.set_file(Tier::Medium, "old", Some(Some(credential(Some(100)))));
