@@ -267,6 +267,13 @@ impl Server {
         false
     }
 
+    /// Further arguments of the module, from the next launch on.
+    pub fn add_module_args(&mut self, args: &[&str]) {
+        self.options
+            .module
+            .extend(args.iter().map(ToString::to_string));
+    }
+
     pub fn account_dir(&self) -> PathBuf {
         self.folder.path().join("account")
     }
