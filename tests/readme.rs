@@ -912,3 +912,41 @@ fn the_proxys_user_may_do_what_it_must_and_no_more() {
         }
     }
 }
+
+/// The page on reliability names a test for what it says: each is there, and
+/// the numbers of states are those that the tests insist on.
+#[test]
+fn the_tests_that_the_page_on_reliability_names_are_there() {
+    let page = text_of("docs/reliability.md");
+    let mut sources = String::new();
+    for folder in ["tests", "src/pool"] {
+        for file in fs::read_dir(support::repository().join(folder)).unwrap() {
+            let path = file.unwrap().path();
+            if path.extension().is_some_and(|end| end == "rs") {
+                sources += &fs::read_to_string(path).unwrap();
+            }
+        }
+    }
+    let is_test = |word: &&String| {
+        word.matches('_').count() > 2
+            && word
+                .chars()
+                .all(|letter| letter == '_' || letter.is_ascii_lowercase())
+    };
+    let named = code(&page);
+    let named: BTreeSet<&String> = named.iter().filter(is_test).collect();
+    assert!(named.len() > 10, "{named:?}");
+    for name in named {
+        assert!(sources.contains(&format!("fn {name}(")), "{name}");
+    }
+    for row in rows(&page) {
+        let name = code(&row[0]).pop().unwrap_or_default();
+        if !name.starts_with("every_state_when") {
+            continue;
+        }
+        let numbers = row[2..].join(", ").replace(',', "_").replace("_ ", ", ");
+        let body = sources.split(&format!("fn {name}(")).nth(1).unwrap();
+        let body = body.split("\n}\n").next().unwrap();
+        assert!(body.contains(&format!("[{numbers}]")), "{name}: {numbers}");
+    }
+}
