@@ -1,5 +1,5 @@
 //! The view against itself, from scratch: every index must be exactly what the
-//! keys and accounts say. For tests, after every step.
+//! keys and accounts say. For tests and fuzz targets, after every step.
 
 use super::account::Class;
 use super::index::TierIndex;
@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 impl Pool {
     /// Panics with what is wrong, if anything is.
-    pub(super) fn audit(&self) {
+    pub(crate) fn audit(&self) {
         assert!(!self.supposing, "leases are still taken away on trial");
         let mut due = BTreeSet::new();
         let mut holders: BTreeMap<AccountId, BTreeSet<KeyId>> = BTreeMap::new();

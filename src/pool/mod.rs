@@ -26,7 +26,7 @@ mod text;
 mod tier;
 mod view;
 
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 mod audit;
 #[cfg(test)]
 mod model;
