@@ -959,6 +959,33 @@ fn what_is_no_http_is_refused() {
 }
 
 #[test]
+fn what_is_no_http_gets_a_full_answer_behind_another_request_too() {
+    let stage = Stage::new(Upstream::ok());
+    for (what, key, body) in [
+        ("a refused request", "sk-none", ""),
+        ("a refused request with a body", "sk-none", "hello"),
+        ("a forwarded request", stage.key.as_str(), "hello"),
+    ] {
+        let head = format!(
+            "POST / HTTP/1.1\r\nHost: front\r\nx-api-key: {key}\r\nContent-Length: {}\r\n\r\n",
+            body.len()
+        );
+        let mut client = stage.client();
+        client.send(format!("{head}{body}hello there\r\n\r\n"));
+        let first = client.try_answer();
+        first.unwrap_or_else(|broken| panic!("{what}: {broken:?}"));
+        let second = client.try_answer();
+        let second = second.unwrap_or_else(|broken| panic!("{what}: {broken:?}"));
+        println!("behind {what}");
+        check_own(&second, "BAD_REQUEST", &stage.key);
+        assert!(
+            ended(client.wait_for_close(PATIENCE)),
+            "{what}: it stays open"
+        );
+    }
+}
+
+#[test]
 fn connect_and_trace_are_not_forwarded() {
     let stage = Stage::new(Upstream::ok());
     for (method, target) in [("CONNECT", "elsewhere:443"), ("TRACE", "/"), ("TRACE", "*")] {

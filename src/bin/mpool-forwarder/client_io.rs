@@ -28,8 +28,10 @@ const LINGER: (usize, Duration) = (1 << 20, Duration::from_secs(2));
 /// What a connection's transport and its requests tell each other.
 #[derive(Debug)]
 pub struct Exchange {
-    /// Requests begun and not wholly answered.
+    /// Requests begun and not wholly answered, and bodies still being read.
     active: AtomicU32,
+    /// Those of them that are bodies of answered requests.
+    held: AtomicU32,
     /// Requests so far.
     requests: AtomicU64,
     /// Whether the head that came last may hold a Content-Length.
@@ -49,6 +51,7 @@ impl Default for Exchange {
     fn default() -> Self {
         Self {
             active: AtomicU32::new(0),
+            held: AtomicU32::new(0),
             requests: AtomicU64::new(0),
             may_have_length: AtomicBool::new(true),
             turns: Mutex::default(),
@@ -61,14 +64,21 @@ impl Exchange {
     pub fn begin(self: &Arc<Self>) -> Active {
         self.active.fetch_add(1, Ordering::Relaxed);
         self.requests.fetch_add(1, Ordering::Relaxed);
-        Active(Arc::clone(self))
+        Active {
+            exchange: Arc::clone(self),
+            held: false,
+        }
     }
 
     /// Keeps the connection from looking idle until the value is dropped: a
     /// body is still being read.
     pub fn hold(self: &Arc<Self>) -> Active {
         self.active.fetch_add(1, Ordering::Relaxed);
-        Active(Arc::clone(self))
+        self.held.fetch_add(1, Ordering::Relaxed);
+        Active {
+            exchange: Arc::clone(self),
+            held: true,
+        }
     }
 
     fn turns(&self) -> MutexGuard<'_, Turns> {
@@ -163,13 +173,19 @@ fn names_length(head: &[u8]) -> bool {
     })
 }
 
-/// A request that is not wholly answered yet.
+/// A request that is not wholly answered yet, or whose body is still being read.
 #[derive(Debug)]
-pub struct Active(Arc<Exchange>);
+pub struct Active {
+    exchange: Arc<Exchange>,
+    held: bool,
+}
 
 impl Drop for Active {
     fn drop(&mut self) {
-        self.0.active.fetch_sub(1, Ordering::Relaxed);
+        if self.held {
+            self.exchange.held.fetch_sub(1, Ordering::Relaxed);
+        }
+        self.exchange.active.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -278,6 +294,12 @@ impl<S: Transport> ClientIo<S> {
         self.exchange.active.load(Ordering::Relaxed) == 0
     }
 
+    /// Whether no answer is under way; a body may still be coming.
+    fn is_answered(&self) -> bool {
+        let exchange = &self.exchange;
+        exchange.active.load(Ordering::Relaxed) <= exchange.held.load(Ordering::Relaxed)
+    }
+
     /// Takes note of requests that began since the last look.
     fn note(&mut self) {
         let requests = self.exchange.requests.load(Ordering::Relaxed);
@@ -351,7 +373,7 @@ impl<S: Transport> ClientIo<S> {
             return true;
         }
         self.note();
-        if !self.clean || !self.is_idle() {
+        if !self.clean || !self.is_answered() {
             return false;
         }
         let status = bytes
@@ -514,12 +536,13 @@ impl<S: Transport> AsyncWrite for ClientIo<S> {
         this.note();
         // The library flushes when it has written all it had, and each time it
         // has nothing to do.
-        this.clean = this.is_idle();
-        if this.clean && this.was_active {
+        this.clean = this.is_answered();
+        let idle = this.is_idle();
+        if idle && this.was_active {
             this.was_active = false;
             this.idle_since = Instant::now();
         }
-        if !this.clean && !this.reading && this.poll_gone(cx).is_ready() {
+        if !idle && !this.reading && this.poll_gone(cx).is_ready() {
             return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
         }
         Poll::Ready(Ok(()))

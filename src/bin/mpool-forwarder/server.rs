@@ -90,13 +90,13 @@ impl Shared {
 }
 
 /// A connection's place among those allowed; it is given back when dropped.
-struct Place {
+pub struct Place {
     open: Arc<AtomicUsize>,
     metrics: Arc<Metrics>,
 }
 
 impl Place {
-    fn take(open: &Arc<AtomicUsize>, metrics: &Arc<Metrics>) -> Self {
+    pub fn take(open: &Arc<AtomicUsize>, metrics: &Arc<Metrics>) -> Self {
         open.fetch_add(1, Ordering::Relaxed);
         metrics.connections.inc();
         Self {
@@ -230,7 +230,8 @@ async fn turn_away(mut stream: TcpStream, _place: Place) {
     let _ = tokio::time::timeout(Duration::from_secs(1), talk).await;
 }
 
-async fn work(
+/// One thread's life: serves what comes until nobody can send more.
+pub async fn work(
     shared: &Arc<Shared>,
     tls: Option<TlsAcceptor>,
     budget: Arc<Budget>,
