@@ -94,8 +94,11 @@ impl Base {
     /// whole URL, over HTTP/1 its path and query. Nothing for a target that
     /// can't be forwarded.
     pub fn join(&self, asked: &Uri, whole: bool) -> Option<Uri> {
+        // Of `http://host#part` the library leaves an empty path, which would be
+        // sent as nothing at all.
         let path = asked
             .path_and_query()
+            .filter(|path| path.as_str() != "/")
             .cloned()
             .unwrap_or_else(|| PathAndQuery::from_static("/"));
         let path = if self.prefix.is_empty() {
@@ -145,6 +148,22 @@ mod tests {
         assert_eq!(base.host, "h");
         let base: Base = "http://h".parse().unwrap();
         assert_eq!(base.join(&"*".parse().unwrap(), false).unwrap().path(), "*");
+    }
+
+    #[test]
+    fn a_target_is_never_empty() {
+        for asked in ["http://h", "http://h#part", "http://h?", "/", "/#part"] {
+            for (base, whole, expected) in [
+                ("http://up", false, "/"),
+                ("http://up", true, "http://up/"),
+                ("http://up/api", false, "/api/"),
+            ] {
+                let base: Base = base.parse().unwrap();
+                let joined = base.join(&asked.parse().unwrap(), whole).unwrap();
+                let joined = joined.to_string();
+                assert_eq!(joined.trim_end_matches('?'), expected, "{asked}");
+            }
+        }
     }
 
     #[test]
