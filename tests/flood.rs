@@ -426,7 +426,7 @@ fn settled(client: &mut Client) {
 
 #[test]
 fn calls_of_all_kinds_break_nothing_and_leave_nothing_behind() {
-    let calls = std::env::var("MPOOL_RANDOM_CALLS").map_or(60_000, |calls| calls.parse().unwrap());
+    let calls = std::env::var("MPOOL_RANDOM_CALLS").map_or(30_000, |calls| calls.parse().unwrap());
     let mut server = Options::default().accounts(&ACCOUNTS).start();
     let mut flood = Flood {
         rng: seeded(),

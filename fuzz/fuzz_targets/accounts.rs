@@ -43,7 +43,11 @@ fuzz_target!(|bytes: &[u8]| {
             let wrapped = serde_json::json!({ "any name": fields }).to_string();
             assert_eq!(self::found(wrapped.as_bytes()), found, "wrapped");
         }
-        assert_eq!(self::found(&[b"\xEF\xBB\xBF", bytes].concat()), found, "marked");
+        assert_eq!(
+            self::found(&[b"\xEF\xBB\xBF", bytes].concat()),
+            found,
+            "marked"
+        );
     }
 });
 
@@ -98,7 +102,8 @@ fn meant(bytes: &[u8]) -> Found {
         _ => return None,
     };
     let token = token.as_str()?;
-    if token.is_empty() || token.len() > 16_384 || token.chars().any(|c| !('!'..='~').contains(&c)) {
+    if token.is_empty() || token.len() > 16_384 || token.chars().any(|c| !('!'..='~').contains(&c))
+    {
         return None;
     }
     let end = match one(&fields, "expires_at", "expiresAt")? {

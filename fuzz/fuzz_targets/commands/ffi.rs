@@ -208,9 +208,11 @@ pub(crate) fn read_hash<const N: usize>(
 ) -> Result<Option<[Option<RedisString>; N]>, WrongType> {
     match server::get(name) {
         None => Ok(None),
-        Some(Value::Hash(hash)) => Ok(Some(
-            fields.map(|field| hash.get(field.to_bytes()).cloned().map(RedisString::new)),
-        )),
+        Some(Value::Hash(hash)) => {
+            Ok(Some(fields.map(|field| {
+                hash.get(field.to_bytes()).cloned().map(RedisString::new)
+            })))
+        }
         Some(_) => Err(WrongType),
     }
 }

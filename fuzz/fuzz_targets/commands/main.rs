@@ -12,7 +12,11 @@
 //! rebuild gives. An acquire's answer is also held against the rules, naively.
 
 #![no_main]
-#![allow(dead_code, unused_imports, reason = "parts of the module stand alone here")]
+#![allow(
+    dead_code,
+    unused_imports,
+    reason = "parts of the module stand alone here"
+)]
 #![allow(clippy::panic, clippy::unwrap_used, clippy::indexing_slicing)]
 
 #[path = "../../../src/accounts/mod.rs"]
@@ -68,7 +72,11 @@ fuzz_target!(|input: &[u8]| {
     run.settle();
     run.check();
     let repaired = Run::words(&run.command(&words(b"MPOOL.REPAIR", &[])));
-    assert_eq!(repaired[1], Item::Integer(0), "REPAIR changed something: {repaired:?}");
+    assert_eq!(
+        repaired[1],
+        Item::Integer(0),
+        "REPAIR changed something: {repaired:?}"
+    );
 });
 
 struct Run {
@@ -98,7 +106,12 @@ impl Run {
                 .split(|byte| *byte == b'\n')
                 .any(|line| !line.starts_with(b"FILE ") && holds(line, SECRET)),
         };
-        for (tier, name) in [("medium", "a"), ("medium", "b"), ("medium", "c"), ("high", "h")] {
+        for (tier, name) in [
+            ("medium", "a"),
+            ("medium", "b"),
+            ("medium", "c"),
+            ("high", "h"),
+        ] {
             let content = format!(r#"{{"access_token":"secret-{name}"}}"#);
             run.file(tier.as_bytes(), name.as_bytes(), content.as_bytes());
         }
@@ -112,7 +125,10 @@ impl Run {
         match word(0) {
             b"FILE" => {
                 // The content is what follows, blanks included.
-                let content = line.splitn(4, |byte| *byte == b' ').nth(3).unwrap_or_default();
+                let content = line
+                    .splitn(4, |byte| *byte == b' ')
+                    .nth(3)
+                    .unwrap_or_default();
                 self.file(word(1), word(2), content);
             }
             b"SET" => server::set(word(1), Some(Value::Text(word(2).to_vec()))),
@@ -180,7 +196,11 @@ impl Run {
             match accounts::parse::parse(content) {
                 Ok(credential) => {
                     self.files.insert(key, Some(credential.clone()));
-                    Change::Valid { tier, name, credential }
+                    Change::Valid {
+                        tier,
+                        name,
+                        credential,
+                    }
                 }
                 Err(reason) => {
                     self.files.insert(key, None);
@@ -223,7 +243,10 @@ impl Run {
             check_error(text);
             let after = server::keys();
             // A refusal frees no slot, but what was wrong before may be put right.
-            assert!(!settled || after == before, "{text}, and something was written");
+            assert!(
+                !settled || after == before,
+                "{text}, and something was written"
+            );
             if name == b"MPOOL.ACQUIRE" {
                 self.check_refused(words, text, &after);
             }
@@ -235,7 +258,10 @@ impl Run {
             (b"MPOOL.STATUS", Some(word)) if word.eq_ignore_ascii_case(b"KEY") => Some(2),
             _ => None,
         };
-        assert!(place.is_none_or(|place| redacted.contains(&place)), "a key is shown in the logs");
+        assert!(
+            place.is_none_or(|place| redacted.contains(&place)),
+            "a key is shown in the logs"
+        );
         let with_token = name == b"MPOOL.ACQUIRE" && words.len() == 4;
         for item in &reply {
             let Item::Text(text) = item else { continue };
@@ -243,7 +269,10 @@ impl Run {
                 assert!(!holds(text, SECRET), "a token in a reply: {reply:?}");
             }
             if name != b"MPOOL.KEYGEN" {
-                assert!(!self.keys.contains(text), "a client key in a reply: {reply:?}");
+                assert!(
+                    !self.keys.contains(text),
+                    "a client key in a reply: {reply:?}"
+                );
             }
         }
         match &name[..] {
@@ -288,20 +317,36 @@ impl Run {
             words[2].clone(),
         ]);
         assert!(server::keys() == keys, "the same acquire wrote something");
-        assert_eq!(again.reply.get(2), reply.get(2), "the same acquire, another account");
+        assert_eq!(
+            again.reply.get(2),
+            reply.get(2),
+            "the same acquire, another account"
+        );
         let now = instant(&words[2]);
         if words.len() == 4 {
-            let tier = record(&keys, &words[1]).and_then(|record| Tier::parse(record.get(&b"tier"[..])?));
+            let tier =
+                record(&keys, &words[1]).and_then(|record| Tier::parse(record.get(&b"tier"[..])?));
             let credential = self.files[&(tier.unwrap_or(Tier::Medium), account.clone())].as_ref();
-            assert_eq!(text(12), credential.unwrap().token.expose_secret(), "another's token");
+            assert_eq!(
+                text(12),
+                credential.unwrap().token.expose_secret(),
+                "another's token"
+            );
         }
         if state == "bound" {
             return;
         }
         let lease = hash(&keys, b"key_rotation:", &words[1]).unwrap();
-        assert_eq!(lease[&b"account"[..]], account.as_bytes(), "lent, but not on record");
+        assert_eq!(
+            lease[&b"account"[..]],
+            account.as_bytes(),
+            "lent, but not on record"
+        );
         if let Some(now) = now {
-            assert!(self.usable(&keys, &account, now), "{state}: {account} is not to be lent");
+            assert!(
+                self.usable(&keys, &account, now),
+                "{state}: {account} is not to be lent"
+            );
             assert!(number(lease.get(&b"next_rotation"[..])).is_none_or(|next| next > now));
             if state != "current" {
                 assert_eq!(reply[8], Item::Integer(now));
@@ -327,14 +372,20 @@ impl Run {
             assert!(!usable.is_empty(), "{text}, but there is no account");
             for account in usable {
                 let held = leases(keys).filter(|(key, lease)| {
-                    let end = record(keys, key).and_then(|record| number(record.get(&b"expires_at"[..])));
+                    let end =
+                        record(keys, key).and_then(|record| number(record.get(&b"expires_at"[..])));
                     let next = number(lease.get(&b"next_rotation"[..])).unwrap_or(0);
                     *key != &words[1][..]
-                        && lease.get(&b"account"[..]).is_some_and(|held| held == account.as_bytes())
+                        && lease
+                            .get(&b"account"[..])
+                            .is_some_and(|held| held == account.as_bytes())
                         && next.min(end.unwrap_or(i64::MAX)) > now
                 });
                 let held = held.count();
-                assert!(held >= self.capacity as usize, "{text}, but {account} has {held}");
+                assert!(
+                    held >= self.capacity as usize,
+                    "{text}, but {account} has {held}"
+                );
             }
         }
     }
@@ -346,7 +397,9 @@ impl Run {
             return false;
         };
         let until = match keys.get(format!("medium_pool:cooldown:{account}").as_bytes()) {
-            Some(Value::Text(text)) => std::str::from_utf8(text).ok().and_then(|text| text.parse::<u64>().ok()),
+            Some(Value::Text(text)) => std::str::from_utf8(text)
+                .ok()
+                .and_then(|text| text.parse::<u64>().ok()),
             _ => None,
         };
         let until = until.and_then(|until| i64::try_from(until).ok());
@@ -370,8 +423,15 @@ impl Run {
                 continue;
             };
             let count = counted.remove(account.as_bytes()).unwrap_or(0);
-            assert_eq!(value, &Value::Text(count.to_string().into()), "slots of {account}");
-            assert!(count <= self.capacity as usize, "{account} is over its slots");
+            assert_eq!(
+                value,
+                &Value::Text(count.to_string().into()),
+                "slots of {account}"
+            );
+            assert!(
+                count <= self.capacity as usize,
+                "{account} is over its slots"
+            );
         }
         assert!(counted.is_empty(), "leases without counters: {counted:?}");
         let rebuilt = node::rebuilt(&Context).unwrap();
@@ -382,11 +442,15 @@ impl Run {
 }
 
 fn background() -> Background {
-    Background { stopping: std::sync::Arc::default() }
+    Background {
+        stopping: std::sync::Arc::default(),
+    }
 }
 
 fn words(line: &[u8], keys: &[Vec<u8>]) -> Vec<Vec<u8>> {
-    let words = line.split(|byte| *byte == b' ').filter(|word| !word.is_empty());
+    let words = line
+        .split(|byte| *byte == b' ')
+        .filter(|word| !word.is_empty());
     words.map(|word| expand(word, keys)).collect()
 }
 
@@ -416,7 +480,10 @@ fn expand(word: &[u8], keys: &[Vec<u8>]) -> Vec<u8> {
 fn check_error(text: &str) {
     let code = text.split(' ').next().unwrap_or_default();
     assert!(CODES.contains(&code), "an unknown error: {text}");
-    assert!(text.bytes().all(|byte| (b' '..=b'~').contains(&byte)), "{text:?}");
+    assert!(
+        text.bytes().all(|byte| (b' '..=b'~').contains(&byte)),
+        "{text:?}"
+    );
     assert!(!text.contains("internal error"), "{text}");
 }
 

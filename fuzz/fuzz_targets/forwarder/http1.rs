@@ -21,7 +21,9 @@ pub struct Message {
 impl Message {
     pub fn values(&self, name: &str) -> impl Iterator<Item = &[u8]> {
         let headers = self.headers.iter();
-        headers.filter(move |(other, _)| other == name).map(|(_, value)| value.as_slice())
+        headers
+            .filter(move |(other, _)| other == name)
+            .map(|(_, value)| value.as_slice())
     }
 }
 
@@ -66,7 +68,10 @@ pub fn request(bytes: &[u8], manner: Manner) -> Parsed {
         b"HTTP/1.0" => 0,
         _ => return Parsed::Bad("the version"),
     };
-    if !is_token(method) || target.is_empty() || target.iter().any(|byte| *byte <= b' ' || *byte == 127) {
+    if !is_token(method)
+        || target.is_empty()
+        || target.iter().any(|byte| *byte <= b' ' || *byte == 127)
+    {
         return Parsed::Bad("the method or target");
     }
     let mut message = Message {
@@ -85,7 +90,9 @@ pub fn request(bytes: &[u8], manner: Manner) -> Parsed {
     let framing = match (&codings[..], &lengths[..]) {
         ([], []) => Framing::Length(0),
         ([], [first, rest @ ..]) => {
-            if manner == Manner::Strict && !rest.is_empty() || rest.iter().any(|other| other != first) {
+            if manner == Manner::Strict && !rest.is_empty()
+                || rest.iter().any(|other| other != first)
+            {
                 return Parsed::Bad("two lengths");
             }
             match decimal(first) {
@@ -117,8 +124,11 @@ pub fn response(bytes: &[u8], method: &[u8], over: bool) -> Parsed {
     let (Some(version), Some(status)) = (line.get(..9), line.get(9..12)) else {
         return Parsed::Bad("the status line");
     };
-    let status = std::str::from_utf8(status).ok().and_then(|text| text.parse().ok());
-    let (b"HTTP/1.1 " | b"HTTP/1.0 ", Some(status @ 100..=999), Some(b' ') | None) = (version, status, line.get(12))
+    let status = std::str::from_utf8(status)
+        .ok()
+        .and_then(|text| text.parse().ok());
+    let (b"HTTP/1.1 " | b"HTTP/1.0 ", Some(status @ 100..=999), Some(b' ') | None) =
+        (version, status, line.get(12))
     else {
         return Parsed::Bad("the status line");
     };
@@ -160,7 +170,13 @@ enum Framing {
     Chunked,
 }
 
-fn finish(bytes: &[u8], at: usize, framing: Framing, manner: Manner, mut message: Message) -> Parsed {
+fn finish(
+    bytes: &[u8],
+    at: usize,
+    framing: Framing,
+    manner: Manner,
+    mut message: Message,
+) -> Parsed {
     let end = match framing {
         Framing::Length(length) => {
             let rest = &bytes[at..];
@@ -181,19 +197,29 @@ fn finish(bytes: &[u8], at: usize, framing: Framing, manner: Manner, mut message
     }
 }
 
-fn chunks(bytes: &[u8], mut at: usize, manner: Manner, body: &mut Vec<u8>) -> Result<Option<usize>, &'static str> {
+fn chunks(
+    bytes: &[u8],
+    mut at: usize,
+    manner: Manner,
+    body: &mut Vec<u8>,
+) -> Result<Option<usize>, &'static str> {
     loop {
         let Some((line, next)) = line(bytes, at, Manner::Strict) else {
             return Ok(None);
         };
-        let digits = line.iter().take_while(|byte| byte.is_ascii_hexdigit()).count();
+        let digits = line
+            .iter()
+            .take_while(|byte| byte.is_ascii_hexdigit())
+            .count();
         let (size, rest) = line.split_at(digits);
         let rest = rest.trim_ascii_start();
         let plain = rest.is_empty() && line.len() == digits;
         if manner == Manner::Strict && !plain || !(rest.is_empty() || rest.starts_with(b";")) {
             return Err("a chunk's size");
         }
-        let size = std::str::from_utf8(size).ok().and_then(|size| usize::from_str_radix(size, 16).ok());
+        let size = std::str::from_utf8(size)
+            .ok()
+            .and_then(|size| usize::from_str_radix(size, 16).ok());
         let size = size.ok_or("a chunk's size")?;
         at = next;
         if size == 0 {
@@ -236,7 +262,12 @@ fn line(bytes: &[u8], at: usize, manner: Manner) -> Option<(&[u8], usize)> {
     Some((line, at + end + 1))
 }
 
-fn headers(bytes: &[u8], mut at: usize, manner: Manner, message: &mut Message) -> Result<Option<usize>, &'static str> {
+fn headers(
+    bytes: &[u8],
+    mut at: usize,
+    manner: Manner,
+    message: &mut Message,
+) -> Result<Option<usize>, &'static str> {
     loop {
         let Some((line, next)) = line(bytes, at, manner) else {
             return Ok(None);
@@ -250,12 +281,18 @@ fn headers(bytes: &[u8], mut at: usize, manner: Manner, message: &mut Message) -
 }
 
 fn header(line: &[u8]) -> Result<(String, Vec<u8>), &'static str> {
-    let colon = line.iter().position(|byte| *byte == b':').ok_or("a header without a colon")?;
+    let colon = line
+        .iter()
+        .position(|byte| *byte == b':')
+        .ok_or("a header without a colon")?;
     let (name, value) = (&line[..colon], &line[colon + 1..]);
     if !is_token(name) {
         return Err("a header's name");
     }
-    if value.iter().any(|byte| *byte < b' ' && *byte != b'\t' || *byte == 127) {
+    if value
+        .iter()
+        .any(|byte| *byte < b' ' && *byte != b'\t' || *byte == 127)
+    {
         return Err("a header's value");
     }
     let name = String::from_utf8_lossy(name).to_ascii_lowercase();

@@ -89,7 +89,8 @@ impl Sides {
             while let Ok((stream, _)) = listener.accept() {
                 drop(stream);
             }
-            let listener = tokio::net::TcpListener::from_std(listener.try_clone().unwrap()).unwrap();
+            let listener =
+                tokio::net::TcpListener::from_std(listener.try_clone().unwrap()).unwrap();
             let sides = sides.clone();
             spawn_local(async move {
                 while let Ok((stream, _)) = listener.accept().await {
@@ -129,7 +130,16 @@ impl Sides {
                 let reply = match words[..] {
                     [b"CLIENT", b"SETNAME", _] => "+OK\r\n".to_owned(),
                     [b"MPOOL.ACQUIRE", key, b"*", b"WITHTOKEN"] => self.lease(key),
-                    [b"MPOOL.COOLDOWN", b"medium", account, b"*", ms] | [b"MPOOL.COOLDOWN", b"medium", account, b"*", ms, b"REASON", _] => {
+                    [b"MPOOL.COOLDOWN", b"medium", account, b"*", ms]
+                    | [
+                        b"MPOOL.COOLDOWN",
+                        b"medium",
+                        account,
+                        b"*",
+                        ms,
+                        b"REASON",
+                        _,
+                    ] => {
                         assert!(matches!(account, b"a" | b"b"), "a strange account");
                         assert!(ms.iter().all(u8::is_ascii_digit));
                         if account == b"a" {
@@ -148,20 +158,30 @@ impl Sides {
     }
 
     fn lease(&self, key: &[u8]) -> String {
-        assert!(!key.is_empty() && key.iter().all(u8::is_ascii_graphic), "a strange key");
+        assert!(
+            !key.is_empty() && key.iter().all(u8::is_ascii_graphic),
+            "a strange key"
+        );
         let cooled = *self.cooled.borrow();
         let (account, state, auth) = match key {
             b"client-key-a" if cooled => ("b", "failover", "x-api-key"),
             b"client-key-a" => ("a", "current", "bearer"),
             b"client-key-x" => ("x", "bound", "x-api-key"),
-            b"client-key-full" => return "-POOLFULL every account is full; the next slot falls due at 1\r\n".into(),
+            b"client-key-full" => {
+                return "-POOLFULL every account is full; the next slot falls due at 1\r\n".into();
+            }
             b"client-key-revoked" => return "-REVOKED this key has been revoked\r\n".into(),
             _ => return "-NOKEY this key is not registered\r\n".into(),
         };
         let token = format!("token-of-{account}");
-        let fields = ["account", account, "state", state, "token", &token, "auth", auth];
+        let fields = [
+            "account", account, "state", state, "token", &token, "auth", auth,
+        ];
         let fields = fields.map(|field| format!("${}\r\n{field}\r\n", field.len()));
-        format!("*10\r\n{}+next_rotation\r\n:253402300799999\r\n", fields.concat())
+        format!(
+            "*10\r\n{}+next_rotation\r\n:253402300799999\r\n",
+            fields.concat()
+        )
     }
 
     async fn answer(&self, stream: &TcpStream) -> std::io::Result<()> {
@@ -183,7 +203,11 @@ impl Sides {
                         self.respond(stream, message).await?;
                         return Ok(());
                     }
-                    if !leave_given && message.values("expect").any(|value| value.eq_ignore_ascii_case(b"100-continue")) {
+                    if !leave_given
+                        && message
+                            .values("expect")
+                            .any(|value| value.eq_ignore_ascii_case(b"100-continue"))
+                    {
                         leave_given = true;
                         write(stream, b"HTTP/1.1 100 Continue\r\n\r\n").await?;
                     }
@@ -203,10 +227,20 @@ impl Sides {
     async fn respond(&self, stream: &TcpStream, message: Message) -> std::io::Result<bool> {
         let number = self.seen.borrow().len();
         let is_head = message.method == b"HEAD";
-        let is_a = message.values("authorization").any(|value| value.ends_with(b"token-of-a"));
+        let is_a = message
+            .values("authorization")
+            .any(|value| value.ends_with(b"token-of-a"));
         self.seen.borrow_mut().push(message);
-        let body = if is_head { String::new() } else { format!("answer {number}") };
-        let status = if self.behaviour == Behaviour::Refuses && is_a { "401 Unauthorized" } else { "200 OK" };
+        let body = if is_head {
+            String::new()
+        } else {
+            format!("answer {number}")
+        };
+        let status = if self.behaviour == Behaviour::Refuses && is_a {
+            "401 Unauthorized"
+        } else {
+            "200 OK"
+        };
         let head = format!("HTTP/1.1 {status}\r\nx-seen: {number}\r\n");
         let length = format!("content-length: {}\r\n", body.len());
         let (text, goes_on) = match self.behaviour {
@@ -215,11 +249,24 @@ impl Sides {
             Behaviour::Breaks => (String::new(), false),
             Behaviour::Chunks => {
                 let head = format!("{head}transfer-encoding: chunked\r\ntrailer: x-sum\r\n\r\n");
-                let chunks = format!("3\r\nabc\r\n{:x}\r\n{body}\r\n0\r\nx-sum: 1\r\n\r\n", body.len());
-                (if is_head { head } else { format!("{head}{chunks}") }, true)
+                let chunks = format!(
+                    "3\r\nabc\r\n{:x}\r\n{body}\r\n0\r\nx-sum: 1\r\n\r\n",
+                    body.len()
+                );
+                (
+                    if is_head {
+                        head
+                    } else {
+                        format!("{head}{chunks}")
+                    },
+                    true,
+                )
             }
             Behaviour::Garbage => ("SSH-2.0-no\r\nHTTP/1.1 200 OK\r\n\r\n".to_owned(), false),
-            Behaviour::Early => (format!("{head}{length}connection: close\r\n\r\n{body}"), false),
+            Behaviour::Early => (
+                format!("{head}{length}connection: close\r\n\r\n{body}"),
+                false,
+            ),
             Behaviour::HopByHop => {
                 let more = "connection: close, x-hop\r\nx-hop: 1\r\nkeep-alive: timeout=5\r\nx-mpool-error: FAKE\r\n";
                 (format!("{head}{more}\r\n{body}"), false)
@@ -279,7 +326,11 @@ fn command(bytes: &[u8]) -> Option<(Vec<Vec<u8>>, usize)> {
     for _ in 0..count {
         let length = number(b'$', &mut at)?;
         words.push(bytes.get(at..at + length)?.to_vec());
-        assert_eq!(bytes.get(at + length..at + length + 2)?, b"\r\n", "no command");
+        assert_eq!(
+            bytes.get(at + length..at + length + 2)?,
+            b"\r\n",
+            "no command"
+        );
         at += length + 2;
     }
     Some((words, at))

@@ -178,7 +178,8 @@ impl ErrorReply {
 pub type CallResult<'a> = Result<CallReply<'a>, ErrorReply>;
 pub type RedisResult<T> = Result<T, ErrorReply>;
 
-const WRONG_TYPE: ErrorReply = ErrorReply("WRONGTYPE Operation against a key holding the wrong kind of value");
+const WRONG_TYPE: ErrorReply =
+    ErrorReply("WRONGTYPE Operation against a key holding the wrong kind of value");
 
 impl Context {
     pub fn get_flags(&self) -> ContextFlags {
@@ -233,7 +234,11 @@ impl Context {
                 let mut fields = hash(name)?;
                 let words: Vec<Vec<u8>> = rest().collect();
                 assert!(!words.is_empty() && words.len() % 2 == 0, "HSET {args:?}");
-                fields.extend(words.chunks(2).map(|pair| (pair[0].clone(), pair[1].clone())));
+                fields.extend(
+                    words
+                        .chunks(2)
+                        .map(|pair| (pair[0].clone(), pair[1].clone())),
+                );
                 server::set(name, Some(Value::Hash(fields)));
             }
             "HDEL" => {
