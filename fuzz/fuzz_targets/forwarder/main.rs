@@ -418,7 +418,7 @@ fn cookies(message: &Message) -> Option<Vec<u8>> {
             .any(|name| http1::trim(name).eq_ignore_ascii_case(b"cookie"))
     });
     let values: Vec<&[u8]> = message.values("cookie").collect();
-    (!named && !values.is_empty()).then(|| values.join(&b"; "[..]))
+    (!named && !values.is_empty()).then(|| http1::trim(&values.join(&b"; "[..])).to_vec())
 }
 
 /// The answers are whole, in the order of the requests, and each one's own.
