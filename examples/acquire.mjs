@@ -3,11 +3,11 @@
 //     MPOOL_KEY=sk-cli-v1-… node acquire.mjs https://api.example.com/v1/models
 //
 // Needs the npm package redis. Prints the answer, never a token. Redis is at MPOOL_REDIS_HOST
-// (127.0.0.1), MPOOL_REDIS_PORT (6380), with MPOOL_REDIS_PASSWORD if it asks for one.
+// (127.0.0.1), MPOOL_REDIS_PORT (6380), with MPOOL_REDIS_PASSWORD if it asks for one, and MPOOL_REDIS_USER for an ACL user.
 import { createClient } from 'redis'
 
-const { MPOOL_REDIS_HOST: host = '127.0.0.1', MPOOL_REDIS_PORT: port = '6380', MPOOL_REDIS_PASSWORD: password } = process.env
-const pool = createClient({ RESP: 3, password, socket: { host, port: Number(port), reconnectStrategy: false } })
+const { MPOOL_REDIS_HOST: host = '127.0.0.1', MPOOL_REDIS_PORT: port = '6380', MPOOL_REDIS_USER: username, MPOOL_REDIS_PASSWORD: password } = process.env
+const pool = createClient({ RESP: 3, username, password, socket: { host, port: Number(port), reconnectStrategy: false } })
 pool.on('error', () => {}) // each command rejects with the error, too
 
 // The upstream's answer, or a refusal in its form.

@@ -3,14 +3,15 @@
     MPOOL_KEY=sk-cli-v1-… python acquire.py https://api.example.com/v1/models
 
 Needs the PyPI package redis. Prints the answer, never a token. Redis is at MPOOL_REDIS_HOST
-(127.0.0.1), MPOOL_REDIS_PORT (6380), with MPOOL_REDIS_PASSWORD if it asks for one.
+(127.0.0.1), MPOOL_REDIS_PORT (6380), with MPOOL_REDIS_PASSWORD if it asks for one,
+and MPOOL_REDIS_USER for an ACL user.
 """
 import os, sys, time, urllib.error, urllib.request
 import redis
 
 env = os.environ.get
 pool = redis.Redis(env("MPOOL_REDIS_HOST", "127.0.0.1"), int(env("MPOOL_REDIS_PORT", "6380")),
-                   password=env("MPOOL_REDIS_PASSWORD"), protocol=3, decode_responses=True)
+                   username=env("MPOOL_REDIS_USER"), password=env("MPOOL_REDIS_PASSWORD"), protocol=3, decode_responses=True)
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):

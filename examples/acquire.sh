@@ -5,7 +5,7 @@
 #
 # Needs redis-cli 7 and curl. Prints the answer, never a token, and puts neither the key nor a token
 # on a command line. Redis is at MPOOL_REDIS_HOST (127.0.0.1), MPOOL_REDIS_PORT (6380), with
-# MPOOL_REDIS_PASSWORD if it asks for one.
+# MPOOL_REDIS_PASSWORD if it asks for one, and MPOOL_REDIS_USER for an ACL user.
 set -euo pipefail
 
 url=${1-} key=${2-${MPOOL_KEY-}}
@@ -15,6 +15,7 @@ if [[ -z $url || -z $key ]]; then
 fi
 if [[ -n ${MPOOL_REDIS_PASSWORD-} ]]; then export REDISCLI_AUTH=$MPOOL_REDIS_PASSWORD; fi
 redis=(redis-cli -h "${MPOOL_REDIS_HOST:-127.0.0.1}" -p "${MPOOL_REDIS_PORT:-6380}" --raw -e)
+if [[ -n ${MPOOL_REDIS_USER-} ]]; then redis+=(--user "$MPOOL_REDIS_USER"); fi
 body=$(mktemp)
 trap 'rm -f "$body"' EXIT
 

@@ -116,11 +116,8 @@ fn start(ctx: &Context, args: &[RedisString]) -> Result<(), &'static str> {
             "account-dir has no readable folder medium, high or supreme yet",
         );
     }
-    if scanner.world_readable() > 0 {
-        ffi::log(
-            RedisLogLevel::Warning,
-            "some account files can be read by every user of this machine; chmod 600 them",
-        );
+    for warning in accounts::warnings_of_exposed(&scanner.take_exposed()) {
+        ffi::log(RedisLogLevel::Warning, &warning);
     }
     for change in found.changes {
         background::enter(&mut node, change);

@@ -99,7 +99,10 @@ fn replies_are_maps_or_flat_arrays_with_their_fields_in_order() {
         );
         check(&["MPOOL.RELEASE", &key], "account");
         check(&["MPOOL.REVOKE", &key], "account");
-        let reload = check(&["MPOOL.RELOAD"], "added removed invalid unreadable");
+        let reload = check(
+            &["MPOOL.RELOAD"],
+            "added removed invalid unreadable exposed",
+        );
         assert_eq!(
             names(&items(&by_name(&reload)["invalid"])[0]).join(" "),
             "tier file reason"

@@ -8,4 +8,4 @@ pub(crate) mod watch;
 
 pub(crate) use parse::Credential;
 pub(crate) use scan::{Change, Scan, Scanner};
-pub(crate) use watch::{Outcome, Sink, Watcher};
+pub(crate) use watch::{Outcome, Sink, Watcher, warnings_of_exposed};

@@ -127,6 +127,7 @@ pub(crate) struct Scanner {
     folders: [Folder; 3],
     started: bool,
     flips: Flips,
+    exposed: Vec<(Tier, String)>,
 }
 
 impl Scanner {
@@ -139,6 +140,7 @@ impl Scanner {
             root,
             started: false,
             flips: Flips::default(),
+            exposed: Vec::new(),
         }
     }
 
@@ -154,6 +156,7 @@ impl Scanner {
             folder.path = self.root.join(folder.tier.name());
             for known in folder.known.values_mut() {
                 known.seen = None;
+                known.exposed = false;
             }
         }
     }
@@ -227,13 +230,24 @@ impl Scanner {
         list
     }
 
-    /// How many account files every user of the machine may read.
-    pub(crate) fn world_readable(&self) -> usize {
-        self.folders
-            .iter()
-            .flat_map(|folder| folder.known.values())
-            .filter(|known| known.seen.as_ref().is_some_and(|seen| seen.world_readable))
-            .count()
+    /// The account files that every user of the machine may read; sorted.
+    pub(crate) fn exposed(&self) -> Vec<(Tier, String)> {
+        let mut list = Vec::new();
+        for folder in &self.folders {
+            for (name, known) in &folder.known {
+                if let Some(name) = account(name).filter(|_| known.exposed) {
+                    list.push((folder.tier, name.to_owned()));
+                }
+            }
+        }
+        list.sort_unstable();
+        list
+    }
+
+    /// Those of them that came to be so since this was last asked; each is told
+    /// once, for as long as it stays so.
+    pub(crate) fn take_exposed(&mut self) -> Vec<(Tier, String)> {
+        mem::take(&mut self.exposed)
     }
 
     /// The accounts that the last scan added and removed; empty when asked again.
@@ -263,11 +277,14 @@ impl Scanner {
         let Findings {
             mut changes,
             mut flips,
+            mut exposed,
         } = found;
         changes.sort_by(|one, other| one.key().cmp(&other.key()));
         flips.added.sort_unstable();
         flips.removed.sort_unstable();
         self.flips = flips;
+        exposed.sort_unstable();
+        self.exposed.append(&mut exposed);
         Scan {
             changes,
             readable: self.folders.each_ref().map(|folder| folder.readable),
@@ -310,6 +327,7 @@ enum Place {
 struct Findings {
     changes: Vec<Change>,
     flips: Flips,
+    exposed: Vec<(Tier, String)>,
 }
 
 /// A tier's folder and what is known of its files.
@@ -334,6 +352,8 @@ struct Known {
     seen: Option<Seen>,
     told: Told,
     broken: Option<Broken>,
+    /// Every user of the machine may read it.
+    exposed: bool,
 }
 
 /// What was last reported of a file.
@@ -429,6 +449,7 @@ impl Folder {
         grace: Duration,
         found: &mut Findings,
     ) {
+        self.note_exposed(name, &look, found);
         match look {
             Look::Later => {}
             Look::Same => self.judge(name, now, found),
@@ -462,6 +483,18 @@ impl Folder {
                 known.broken = Some(Broken { due, reason });
                 self.judge(name, now, found);
             }
+        }
+    }
+
+    /// A broken file counts too: there may be a token in it.
+    fn note_exposed(&mut self, name: &OsStr, look: &Look, found: &mut Findings) {
+        let (Look::Good(seen, _) | Look::Broken(Some(seen), _)) = look else {
+            return;
+        };
+        let known = self.known.entry(name.to_owned()).or_default();
+        let before = mem::replace(&mut known.exposed, seen.world_readable);
+        if let Some(account) = account(name).filter(|_| known.exposed && !before) {
+            found.exposed.push((self.tier, account.to_owned()));
         }
     }
 
@@ -612,7 +645,7 @@ impl Seen {
         Self {
             stamp: Stamp::of(file),
             racy: touched.saturating_add(RACY_SECS) >= read_at,
-            world_readable: file.mode() & 0o004 != 0,
+            world_readable: file.is_file() && file.mode() & 0o004 != 0,
         }
     }
 }
@@ -1341,21 +1374,38 @@ mod tests {
     }
 
     #[test]
-    fn files_that_everybody_may_read_are_counted() {
+    fn a_file_that_everybody_may_read_is_told_once() {
         let mut bench = Bench::new();
         for (name, mode) in [("a", 0o600), ("b", 0o644), ("c", 0o604), ("d", 0o640)] {
             let file = format!("medium/{name}.json");
             bench.token(&file, "t");
             fs::set_permissions(bench.path(&file), fs::Permissions::from_mode(mode)).unwrap();
         }
+        let names = |list: Vec<(Tier, String)>| -> Vec<String> {
+            list.into_iter().map(|(_, name)| name).collect()
+        };
+        let mode = |bench: &Bench, file: &str, mode: u32| {
+            fs::set_permissions(bench.path(file), fs::Permissions::from_mode(mode)).unwrap();
+        };
+        bench.write("medium/e.json", "{");
+        mode(&bench, "medium/e.json", 0o644);
+        fs::create_dir(bench.path("medium/f.json")).unwrap();
         bench.full(0);
-        assert_eq!(bench.scanner.world_readable(), 2);
-        fs::set_permissions(
-            bench.path("medium/b.json"),
-            fs::Permissions::from_mode(0o600),
-        )
-        .unwrap();
-        assert_eq!(bench.full(1), NONE);
-        assert_eq!(bench.scanner.world_readable(), 1);
+        assert_eq!(names(bench.scanner.take_exposed()), ["b", "c", "e"]);
+        bench.full(1);
+        bench.look("medium/b.json", 2);
+        assert_eq!(names(bench.scanner.take_exposed()), NONE);
+        mode(&bench, "medium/b.json", 0o600);
+        mode(&bench, "medium/a.json", 0o644);
+        assert_eq!(bench.full(3), NONE);
+        assert_eq!(names(bench.scanner.take_exposed()), ["a"]);
+        assert_eq!(names(bench.scanner.exposed()), ["a", "c", "e"]);
+        // Put right and spoilt again, it is worth another word.
+        mode(&bench, "medium/b.json", 0o644);
+        bench.look("medium/b.json", 4);
+        assert_eq!(names(bench.scanner.take_exposed()), ["b"]);
+        fs::remove_file(bench.path("medium/c.json")).unwrap();
+        bench.full(5);
+        assert_eq!(names(bench.scanner.exposed()), ["a", "b", "e"]);
     }
 }

@@ -72,6 +72,8 @@ pub(crate) struct Outcome {
     pub(crate) broken: Vec<(Tier, String, &'static str)>,
     /// By [`Tier::index`]: whether the folder could be listed.
     pub(crate) readable: [bool; 3],
+    /// Account files that every user of the machine may read.
+    pub(crate) exposed: Vec<(Tier, String)>,
 }
 
 /// What a rescan calls when it is done.
@@ -383,6 +385,7 @@ impl<S: Sink> Worker<S> {
                     removed,
                     broken: self.scanner.broken(),
                     readable: scan.readable,
+                    exposed: self.scanner.exposed(),
                 };
                 self.apply(scan);
                 if !guarded(|| done(outcome)) {
@@ -424,6 +427,9 @@ impl<S: Sink> Worker<S> {
             && (!scan.changes.is_empty() || self.readable != Some(scan.readable))
         {
             self.apply(scan);
+        }
+        for warning in warnings_of_exposed(&self.scanner.take_exposed()) {
+            self.warn(&warning);
         }
         if self.settle_at.is_some_and(|due| due <= Instant::now()) {
             self.settle_at = None;
@@ -476,6 +482,23 @@ impl<S: Sink> Worker<S> {
     fn warn(&mut self, message: &str) {
         guarded(|| self.sink.warn(message.to_owned()));
     }
+}
+
+/// Files that everybody may read of which one look logs the names: a folder
+/// with 100,000 of them must not fill the disk.
+const EXPOSED_MAX: usize = 100;
+
+/// What to tell the operator of files that every user of the machine may read.
+pub(crate) fn warnings_of_exposed(files: &[(Tier, String)]) -> Vec<String> {
+    let named = files.iter().take(EXPOSED_MAX).map(|(tier, name)| {
+        format!(
+            "account file {tier}/{name}.json can be read by every user of this machine; \
+             take that right away: chmod o-r"
+        )
+    });
+    let more = (files.len() > EXPOSED_MAX)
+        .then(|| "more account files can be read by every user; MPOOL.RELOAD names them all");
+    named.chain(more.map(str::to_owned)).collect()
 }
 
 /// Calls `f`; false: it panicked.
@@ -645,7 +668,7 @@ mod tests {
     use crate::accounts::parse::reason;
     use crate::accounts::scan::Change;
     use std::io::Write;
-    use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink};
     use std::sync::Mutex;
     use tempfile::TempDir;
 
@@ -707,6 +730,17 @@ mod tests {
         }
     }
 
+    /// Opens files as the operator should: nobody else may read them.
+    fn private() -> fs::OpenOptions {
+        let mut options = fs::OpenOptions::new();
+        options.write(true).create(true).truncate(true).mode(0o600);
+        options
+    }
+
+    fn write_private(path: impl AsRef<Path>, content: impl AsRef<[u8]>) -> io::Result<()> {
+        private().open(path)?.write_all(content.as_ref())
+    }
+
     struct Bench {
         dir: TempDir,
         sink: Recorder,
@@ -740,7 +774,7 @@ mod tests {
         }
 
         fn token(&self, file: &str, token: &str) {
-            fs::write(
+            write_private(
                 self.path(file),
                 format!(r#"{{"access_token":"token-{token}"}}"#),
             )
@@ -830,7 +864,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (folder, other) = (dir.path().join("medium"), dir.path().join("x"));
         fs::create_dir(&folder).unwrap();
-        fs::write(folder.join("a.json"), "{}").unwrap();
+        write_private(folder.join("a.json"), "{}").unwrap();
         let (sender, receiver) = mpsc::channel();
         let feed = Feed {
             sender,
@@ -841,7 +875,7 @@ mod tests {
         Scanner::new(dir.path().to_owned()).full(Instant::now());
         fs::read_dir(&folder).unwrap().for_each(drop);
         // Events come in order, so this one shows that there was none before.
-        fs::write(&other, "").unwrap();
+        write_private(&other, "").unwrap();
         match receiver.recv_timeout(Duration::from_secs(5)).unwrap() {
             Message::Paths(paths) => assert_eq!(paths, [other]),
             _ => panic!("something else"),
@@ -858,10 +892,10 @@ mod tests {
             bench.sink.record.lock().unwrap().changes.len() == 2
         });
         bench.sink.record.lock().unwrap().changes.clear();
-        let mut half = fs::File::create(bench.path("medium/a.json")).unwrap();
+        let mut half = private().open(bench.path("medium/a.json")).unwrap();
         half.write_all(br#"{"access_token":"tok"#).unwrap();
         let broke = Instant::now();
-        fs::write(bench.path("medium/b.json"), "{}").unwrap();
+        write_private(bench.path("medium/b.json"), "{}").unwrap();
         until("seen", || bench.rescan().broken.len() == 2);
         assert_eq!(
             bench.rescan().broken,
@@ -985,7 +1019,7 @@ mod tests {
     fn a_rescan_answers_with_what_it_did() {
         let bench = Bench::new();
         bench.token("medium/a.json", "1");
-        fs::write(bench.path("medium/bad.json"), "").unwrap();
+        write_private(bench.path("medium/bad.json"), "").unwrap();
         let first = bench.rescan();
         // The events may have been quicker, but the sink knows by now.
         assert!(first.added.is_empty() || first.added == [medium("a")]);
@@ -1008,7 +1042,7 @@ mod tests {
         let outside = tempfile::tempdir().unwrap();
         let file = outside.path().join("x");
         let content = r#"{"access_token":"token-1"}"#;
-        fs::write(&file, content).unwrap();
+        write_private(&file, content).unwrap();
         symlink(&file, bench.path("medium/l.json")).unwrap();
         until("linked", || {
             let record = bench.sink.record.lock().unwrap();
@@ -1021,7 +1055,7 @@ mod tests {
             let record = bench.sink.record.lock().unwrap();
             record.changes.contains(&"invalid medium l".to_owned())
         });
-        fs::write(&file, content).unwrap();
+        write_private(&file, content).unwrap();
         assert_eq!(bench.rescan().added, [medium("l")]);
         // A callback that panics does no harm.
         bench.watcher.rescan(Box::new(|_| panic!("on purpose")));
@@ -1083,6 +1117,35 @@ mod tests {
         until("alive", || {
             bench.sink.record.lock().unwrap().settles == settles + 1
         });
+    }
+
+    #[test]
+    fn a_file_that_everybody_may_read_is_warned_of_once() {
+        let bench = Bench::new();
+        let warnings = || bench.sink.record.lock().unwrap().warnings.clone();
+        let file = bench.path("medium/a.json");
+        bench.token("medium/a.json", "1");
+        bench.expect(&["valid medium a"]);
+        assert!(bench.rescan().exposed.is_empty() && warnings().is_empty());
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
+        until("warned", || !warnings().is_empty());
+        assert_eq!(bench.rescan().exposed, [medium("a")]);
+        // Other content and another look are no news of it.
+        bench.token("medium/a.json", "2");
+        bench.expect(&["valid medium a"]);
+        bench.rescan();
+        let told = warnings();
+        assert_eq!(told.len(), 1, "{told:?}");
+        assert!(told[0].contains("medium/a.json") && !told[0].contains("token-"));
+    }
+
+    #[test]
+    fn warnings_of_many_files_are_few() {
+        let many: Vec<_> = (0..1000).map(|n| medium(&n.to_string())).collect();
+        let told = warnings_of_exposed(&many);
+        assert_eq!(told.len(), EXPOSED_MAX + 1);
+        assert!(told[0].contains("medium/0.json") && told[EXPOSED_MAX].contains("MPOOL.RELOAD"));
+        assert_eq!(warnings_of_exposed(&many[..EXPOSED_MAX]).len(), EXPOSED_MAX);
     }
 
     #[test]

@@ -15,7 +15,7 @@ impl Command for Reload {
         flags: c"write deny-script",
         acl: c"write slow admin",
         arity: 1,
-        summary: c"Looks at the account folder now: accounts added and removed, and each file that can't be used with its reason",
+        summary: c"Looks at the account folder now: accounts added and removed, each file that can't be used with its reason, and files that everybody may read",
         complexity: c"O(F) for F files, off the main thread",
         since: c"0.1.0",
         args: &[],
@@ -37,7 +37,7 @@ impl Command for Reload {
 }
 
 fn report(reply: &Reply, outcome: &Outcome) {
-    reply.map(4);
+    reply.map(5);
     for (name, accounts) in [("added", &outcome.added), ("removed", &outcome.removed)] {
         reply.text(name);
         reply.array(accounts.len());
@@ -60,6 +60,11 @@ fn report(reply: &Reply, outcome: &Outcome) {
     reply.array(unreadable.len());
     for tier in unreadable {
         reply.text(tier.name());
+    }
+    reply.text("exposed");
+    reply.array(outcome.exposed.len());
+    for (tier, account) in &outcome.exposed {
+        reply.text(&format!("{tier}/{account}"));
     }
 }
 

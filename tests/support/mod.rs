@@ -14,8 +14,10 @@ use network::Place;
 use redis::{Connection, FromRedisValue, RedisResult, Value};
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::fs;
+use std::fs::{self, OpenOptions};
+use std::io::Write;
 use std::net::TcpListener;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -286,7 +288,12 @@ impl Server {
     pub fn write_account(&self, account: &str, content: &str) {
         let path = self.account_file(account);
         let new = path.with_extension("new");
-        fs::write(&new, content).unwrap();
+        // As an operator should: nobody else may read it.
+        let mut file = OpenOptions::new();
+        let file = file.write(true).create(true).truncate(true).mode(0o600);
+        let mut file = file.open(&new).unwrap();
+        file.write_all(content.as_bytes()).unwrap();
+        drop(file);
         fs::rename(new, path).unwrap();
     }
 
