@@ -568,3 +568,51 @@ fn a_reload_whose_client_has_gone_is_nobodys_trouble() {
     });
     assert!(server.is_alive());
 }
+
+#[test]
+fn a_file_that_every_user_may_read_is_named_once_and_its_content_never() {
+    let server = Options::default().accounts(&["a", "b"]).start();
+    let mut client = server.connect();
+    let warned = |account: &str| {
+        let name = format!("{account}.json can be read by every user");
+        server.log().matches(&name).count()
+    };
+    let exposed = |client: &mut Client| -> Vec<String> {
+        redis::from_redis_value(client.map(&["MPOOL.RELOAD"])["exposed"].clone()).unwrap()
+    };
+    let mode = |account: &str, mode: u32| {
+        let permissions = std::os::unix::fs::PermissionsExt::from_mode(mode);
+        fs::set_permissions(server.account_file(account), permissions).unwrap();
+    };
+    assert_eq!(exposed(&mut client), Vec::<String>::new());
+    assert_eq!((warned("medium/a"), warned("medium/b")), (0, 0));
+    mode("medium/a", 0o604);
+    wait_for("a warning", || (warned("medium/a") == 1).then_some(()));
+    mode("medium/b", 0o660);
+    // One that is broken may hold a token all the same.
+    server.write_account("high/c", r#"{"access_token": "token-of-c", "#);
+    mode("high/c", 0o644);
+    for _ in 0..3 {
+        assert_eq!(exposed(&mut client), ["medium/a", "high/c"]);
+    }
+    wait_for("a warning", || (warned("high/c") == 1).then_some(()));
+    assert_eq!((warned("medium/a"), warned("medium/b")), (1, 0));
+    mode("medium/a", 0o600);
+    mode("high/c", 0o600);
+    assert_eq!(exposed(&mut client), Vec::<String>::new());
+    // It is no worse an account for it.
+    mode("medium/a", 0o644);
+    wait_for("another warning", || {
+        (warned("medium/a") == 2).then_some(())
+    });
+    assert_eq!(client.slots("a"), Some(0));
+    assert!(!server.log().contains("token-of-"));
+
+    // Nor does what was there before the start go unnoticed.
+    let mut server = server;
+    server.kill();
+    fs::write(server.folder.path().join("data/log"), "").unwrap();
+    server.launch();
+    assert_eq!(server.log().matches("can be read by every user").count(), 1);
+    assert!(server.log().contains("medium/a.json can be read"));
+}
