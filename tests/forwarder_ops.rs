@@ -1862,12 +1862,35 @@ fn redis_may_be_behind_tls() {
         .server(&["--tls-key-file", &identity.key, "--tls-ca-cert-file", &file])
         .accounts(&["one"])
         .start();
-    let key = server.connect().pool_key();
+    let mut redis = server.connect();
+    let key = redis.pool_key();
+    redis.ok(&[
+        &["ACL", "SETUSER", "proxy", "on", &format!(">{SECRET}")][..],
+        &["+mpool.acquire", "+mpool.cooldown", "+mpool.status"],
+    ]
+    .concat());
     let upstream = Upstream::ok();
     let url = format!("rediss://127.0.0.1:{port}");
     let client = ["--redis-cert", &own.cert, "--redis-key", &own.key];
+    let forged = stranger.issue("forwarder");
+    let forged = ["--redis-cert", &forged.cert, "--redis-key", &forged.key];
     let stranger = stranger.file();
-    let table: [(&str, &[&str], bool); 3] = [
+    let table: [(&str, &[&str], bool); 6] = [
+        (
+            "and the machine's authorities alone are trusted",
+            &client,
+            false,
+        ),
+        (
+            "with another authority's certificate",
+            &[&["--redis-cacert", &file], &forged[..]].concat(),
+            false,
+        ),
+        (
+            "without TLS",
+            &["--redis", &format!("redis://127.0.0.1:{port}")],
+            false,
+        ),
         (
             "with its certificate",
             &[&["--redis-cacert", &file], &client[..]].concat(),
@@ -1899,15 +1922,58 @@ fn redis_may_be_behind_tls() {
             if good { 200 } else { 503 }
         );
     }
-    server
-        .connect()
-        .ok(&["CONFIG", "SET", "tls-auth-clients", "no"]);
-    let forwarder = Forwarder::between(url.as_str(), &upstream)
-        .args(&["--redis-cacert", &file])
-        .start();
-    wait_for("a good answer", || {
-        (forwarder.client().get("/", &key).status() == 200).then_some(())
-    });
+    // A server that does not ask for certificates, and one whose own is for another name.
+    redis.ok(&["CONFIG", "SET", "tls-auth-clients", "no"]);
+    let trusting = Forwarder::between(url.as_str(), &upstream).args(&["--redis-cacert", &file]);
+    let good_answer = |forwarder: &Forwarder| {
+        wait_for("a good answer", || {
+            (forwarder.client().get("/", &key).status() == 200).then_some(())
+        });
+    };
+    good_answer(&trusting.start());
+    redis.ok(&[
+        "ACL",
+        "SETUSER",
+        "default",
+        "resetpass",
+        &format!(">{SECRET}"),
+    ]);
+    for (user, password, good) in [
+        ("proxy", SECRET, true),
+        ("proxy", "wrong", false),
+        ("", SECRET, true),
+    ] {
+        let forwarder = trusting.clone().env("MPOOL_REDIS_PASSWORD", password);
+        let forwarder = match user {
+            "" => forwarder,
+            user => forwarder.env("MPOOL_REDIS_USER", user),
+        };
+        let forwarder = forwarder.start();
+        match good {
+            true => good_answer(&forwarder),
+            false => check_redis_is_away(&promptly(|| forwarder.client().get("/", &key))),
+        }
+        assert!(!forwarder.log().concat().contains(SECRET));
+    }
+    let misnamed = authority.issue("redis.example");
+    redis.ok(&[
+        "CONFIG",
+        "SET",
+        "tls-cert-file",
+        &misnamed.cert,
+        "tls-key-file",
+        &misnamed.key,
+    ]);
+    let forwarder = trusting.env("MPOOL_REDIS_PASSWORD", SECRET).start();
+    for _ in 0..3 {
+        check_redis_is_away(&promptly(|| forwarder.client().get("/", &key)));
+    }
+    assert!(
+        forwarder
+            .log()
+            .concat()
+            .contains("a certificate is not accepted")
+    );
 }
 
 // Redis
@@ -1928,6 +1994,7 @@ fn redis_asks_who_it_is() {
         "+mpool.acquire",
         "+mpool.cooldown",
         "+mpool.status",
+        "+client|setname",
     ]);
     redis.ok(&["CONFIG", "SET", "requirepass", "s3cr3t-of-redis"]);
     let upstream = Upstream::start(|exchange| match exchange.target.as_str() {
