@@ -93,15 +93,24 @@ fn installed(path: &str) -> PathBuf {
 /// The example with the key in its environment.
 #[track_caller]
 fn run(language: &str, server: &Server, key: &str, url: &str) -> Outcome {
-    run_with(language, server, key, url, "")
+    run_with(language, server, key, url, ("", ""))
 }
 
-/// The same for a server that asks for a password.
+/// The same for a server that asks for a password, and perhaps a user.
 #[track_caller]
-fn run_with(language: &str, server: &Server, key: &str, url: &str, password: &str) -> Outcome {
+fn run_with(
+    language: &str,
+    server: &Server,
+    key: &str,
+    url: &str,
+    (user, password): (&str, &str),
+) -> Outcome {
     let mut terminal = Terminal::of(server).env("MPOOL_KEY", key);
     if !password.is_empty() {
         terminal = terminal.env("MPOOL_REDIS_PASSWORD", password);
+    }
+    if !user.is_empty() {
+        terminal = terminal.env("MPOOL_REDIS_USER", user);
     }
     let command = match language {
         "python" => format!(
@@ -364,11 +373,48 @@ fn a_password_goes_by_the_environment() {
         let url = format!("redis://:open-sesame@127.0.0.1:{}/", server.port);
         let key = Client::open(&url).pool_key();
         let upstream = Upstream::refusing("nobody's", 401, "");
-        let outcome = run_with(language, &server, &key, &upstream.url(), "open-sesame");
+        let outcome = run_with(
+            language,
+            &server,
+            &key,
+            &upstream.url(),
+            ("", "open-sesame"),
+        );
         assert_eq!(outcome.ok().trim(), "models", "{language}");
         assert_ne!(
             run(language, &server, &key, &upstream.url()).code,
             0,
+            "{language}"
+        );
+    });
+}
+
+#[test]
+fn the_rights_of_the_user_proxy_are_enough() {
+    for_each_language(|language| {
+        let users = support::repository().join("examples/acl.conf");
+        let server = Options::default()
+            .accounts(&["bad", "good"])
+            .server(&["--include", users.to_str().unwrap()])
+            .start();
+        let login = "operator:operators-password";
+        let mut operator = Client::open(&format!("redis://{login}@127.0.0.1:{}/", server.port));
+        // Until one of the keys has the account that is refused, and is cooled down.
+        let upstream = Upstream::refusing("token-of-bad", 429, "Retry-After: 60\r\n");
+        for _ in 0..2 {
+            let key = operator.pool_key();
+            let outcome = run_with(
+                language,
+                &server,
+                &key,
+                &upstream.url(),
+                ("proxy", "proxys-password"),
+            );
+            assert_eq!(outcome.ok().trim(), "models", "{language}");
+        }
+        assert_eq!(
+            operator.state("bad", 0).as_deref(),
+            Some("cooldown"),
             "{language}"
         );
     });
