@@ -380,6 +380,9 @@ impl Drop for Forwarder {
                 of(&self.log),
                 of(&self.errors)
             );
+        } else {
+            let lines = [self.log(), self.errors()].concat().join("\n");
+            assert_eq!(crate::support::leak(lines.as_bytes(), true), None);
         }
     }
 }

@@ -102,6 +102,51 @@ pub fn wait_for<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
     }
 }
 
+/// What the tokens of the tests' accounts have in them. Nothing that a server or
+/// a forwarder leaves behind may have it, whatever the test was about.
+pub const TOKENS: [&str; 4] = [
+    "token-of-",
+    "fresh-token",
+    "new-token",
+    "sample-token-not-real",
+];
+
+/// A line of `bytes` with a token in it, or where `keys` says so with a whole
+/// client key of the module's making.
+pub fn leak(bytes: &[u8], keys: bool) -> Option<String> {
+    const PREFIX: &str = "sk-cli-v1-";
+    let is_whole = |start: usize| {
+        let digits = bytes[start + PREFIX.len()..].iter().take(64);
+        digits.filter(|byte| byte.is_ascii_hexdigit()).count() == 64
+    };
+    let mut tokens = TOKENS
+        .iter()
+        .filter_map(|token| memchr::memmem::find(bytes, token.as_bytes()));
+    let key = || memchr::memmem::find_iter(bytes, PREFIX).find(|start| is_whole(*start));
+    let start = tokens.next().or_else(|| key().filter(|_| keys))?;
+    let begin = bytes[..start].iter().rposition(|byte| *byte == b'\n');
+    let line = &bytes[begin.map_or(0, |at| at + 1)..];
+    let end = line.iter().position(|byte| *byte == b'\n');
+    let line = &line[..end.unwrap_or(line.len()).min(1000)];
+    Some(String::from_utf8_lossy(line).into_owned())
+}
+
+/// Fails if a file below the folder holds a token, or a log a whole client key.
+#[track_caller]
+pub fn check_no_leak(folder: &Path) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            check_no_leak(&path);
+        } else if entry.file_type().is_ok_and(|kind| kind.is_file()) {
+            let name = entry.file_name();
+            let is_log = name.to_str().is_some_and(|name| name.ends_with("log"));
+            let found = leak(&fs::read(&path).unwrap_or_default(), is_log);
+            assert_eq!(found, None, "a secret is in {}", path.display());
+        }
+    }
+}
+
 /// How a server is to be started.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
@@ -165,6 +210,8 @@ pub struct Server {
     pub port: u16,
     pub folder: TempDir,
     options: Options,
+    /// What it leaves behind holds secrets by the test's own doing.
+    pub is_excused: bool,
 }
 
 impl Server {
@@ -180,6 +227,7 @@ impl Server {
             port: 0,
             folder,
             options,
+            is_excused: false,
         };
         for (account, content) in server.options.accounts.clone() {
             server.write_account(&account, &content);
@@ -381,13 +429,47 @@ impl Server {
     }
 }
 
+impl Server {
+    /// What it tells those who may ask, if it can be asked.
+    fn told(&self) -> Option<String> {
+        let soon = Duration::from_millis(500);
+        let client = redis::Client::open(self.url()).ok()?;
+        let mut connection = client.get_connection_with_timeout(soon).ok()?;
+        connection.set_read_timeout(Some(soon)).ok()?;
+        let mut told = String::new();
+        for words in [
+            &["INFO", "everything"][..],
+            &["SLOWLOG", "GET", "-1"],
+            &["CLIENT", "LIST"],
+            &["ACL", "LOG"],
+            &["LATENCY", "LATEST"],
+        ] {
+            let answer = redis::cmd(words[0])
+                .arg(&words[1..])
+                .query::<Value>(&mut connection);
+            told += &format!("{answer:?}\n");
+        }
+        Some(told)
+    }
+}
+
 impl Drop for Server {
     fn drop(&mut self) {
+        let swept = !std::thread::panicking() && !self.is_excused;
+        let told = self
+            .child
+            .as_ref()
+            .filter(|_| swept)
+            .and_then(|_| self.told());
         // A leak is looked for when a process ends by itself.
         if std::env::var_os("MPOOL_TEST_ORDERLY").is_some() && !std::thread::panicking() {
             self.end_in_order();
         }
         self.kill();
+        if swept {
+            check_no_leak(&self.folder.path().join("data"));
+            assert_eq!(leak(told.unwrap_or_default().as_bytes(), false), None);
+        }
         if std::thread::panicking() {
             eprintln!(
                 "--- log of the server on port {} ---\n{}",

@@ -247,6 +247,9 @@ impl Drop for Started<'_> {
         self.0.run(
             "for file in data/*.pid; do if [[ -f $file ]]; then kill -KILL \"$(<\"$file\")\"; fi; done",
         );
+        if !std::thread::panicking() {
+            crate::support::check_no_leak(&self.0.folder().join("data"));
+        }
     }
 }
 
