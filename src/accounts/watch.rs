@@ -497,7 +497,7 @@ pub(crate) fn warnings_of_exposed(files: &[(Tier, String)]) -> Vec<String> {
         )
     });
     let more = (files.len() > EXPOSED_MAX)
-        .then(|| "more account files can be read by every user; MPOOL.RELOAD names them all");
+        .then_some("more account files can be read by every user; MPOOL.RELOAD names them all");
     named.chain(more.map(str::to_owned)).collect()
 }
 

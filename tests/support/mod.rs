@@ -265,6 +265,8 @@ impl Server {
             ("--save", ""),
             ("--logfile", "log"),
             ("--protected-mode", "no"),
+            // All that it can be made to say is searched for secrets at the end.
+            ("--loglevel", "debug"),
             ("--enable-debug-command", "yes"),
             ("--enable-module-command", "yes"),
             ("--enable-protected-configs", "yes"),
