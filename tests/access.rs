@@ -259,6 +259,7 @@ impl Raw {
             let ends = [
                 format!("${}\r\n{END}\r\n", END.len()),
                 "-NOAUTH Authentication required.\r\n".to_owned(),
+                "-NOPERM this user has no permissions to run the 'ping' command\r\n".to_owned(),
             ];
             // What was asked for may be refused so as well: then the PING is, too.
             if let Some(end) = ends.iter().find(|end| text.ends_with(end.as_str())) {
@@ -358,6 +359,15 @@ fn the_monitor_learns_no_key_and_no_token_by_any_command() {
         let answer = raw.ask(words);
         assert!(answer.contains(&keys[0]), "{words:?}: {answer}");
     }
+
+    // A proxy could be told of changes by others, as acl.conf says.
+    let mut told = Raw::login(&server, "proxy");
+    told.ask(&["HELLO", "3"]);
+    told.ask(&["CLIENT", "TRACKING", "ON", "BCAST"]);
+    operator.ok(&["HSET", &lease, "seen", "no"]);
+    wait_for("a word of it", || {
+        told.ask(&["ROLE"]).contains(&lease).then_some(())
+    });
 
     let fillers = [&lease, "0", "1", "*", "1"];
     let commands = all_commands(&mut operator);

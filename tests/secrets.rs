@@ -411,7 +411,7 @@ fn nothing_left_behind_holds_a_token_or_more_keys_than_the_readme_says() {
         wait_for("readiness", || {
             (forwarder.admin("/readyz").status() == 200).then_some(())
         });
-        for key in [&keys[0], &keys[1], &keys[3], &keys[5], "token-of-one", ""] {
+        for key in [&keys[0], &keys[1], &keys[3], &keys[5], ""] {
             for target in [
                 "/",
                 "/bad",
