@@ -4,7 +4,7 @@
 .DEFAULT_GOAL := help
 # The targets of `test` build on one another, in this order, under -j too.
 .NOTPARALLEL:
-.PHONY: help run stop test lint unit integration test-servers sanitize bench build clean deps-test deps-bench
+.PHONY: help run stop test lint unit integration test-servers sanitize torture bench build clean deps-test deps-bench
 
 # The folder that make was called from, even with -C: what `make run` prints
 # is to work there.
@@ -42,9 +42,17 @@ test-servers: deps-test ## the integration tests with Redis 7.0, 8.0, 8.2 and Va
 sanitize: deps-test ## the integration tests and 100,000 commands with AddressSanitizer in the module
 	@scripts/sanitize
 
+torture: deps-test build ## an hour of crashes, failovers, random commands and fuzzing
+	MPOOL_CRASH_ROUNDS=300 cargo test --test crash -- --nocapture
+	MPOOL_FAILOVER_ROUNDS=40 cargo test --test failover -- --nocapture
+	cargo build --release --lib
+	MPOOL_RANDOM_CALLS=2000000 cargo test --release --test flood -- --nocapture
+	CARGO_PROFILE_TEST_OPT_LEVEL=2 cargo test --lib states:: -- --ignored
+	scripts/fuzz 60
+
 bench: deps-bench ## the benchmarks, with an optimised module
-	cargo build --release
-	cargo bench
+	cargo build --release --features ceiling
+	cargo bench --features ceiling
 
 build: ## the module, the forwarder and the demo upstream, for the tests
 	cargo build --lib --bins --examples

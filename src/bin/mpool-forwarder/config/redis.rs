@@ -33,7 +33,9 @@ impl RedisTarget {
             Err(error) if error.kind() == redis::ErrorKind::MasterNameNotFoundBySentinel => {
                 Err("the Sentinels don't know this name, or no server that is up")
             }
-            Err(error) if error.is_connection_refusal() => Err("no Sentinel listens there"),
+            Err(error) if error.is_connection_refusal() => {
+                Err("no Sentinel, or not the primary that they name, listens there")
+            }
             Err(_) => Err("the Sentinels can't be asked"),
         }
     }
