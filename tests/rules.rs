@@ -574,10 +574,10 @@ fn slots_per_account_can_change_under_way() {
     let mut client = server.connect();
     let keys = keys(&mut client, 4);
     client.acquire(&keys[0], NOW);
-    client.acquire(&keys[1], NOW);
+    client.acquire(&keys[1], NOW + 1);
     client.refused("POOLFULL", &["MPOOL.ACQUIRE", &keys[2], &NOW.to_string()]);
     client.ok(&["CONFIG", "SET", "mpool.slots-per-account", "3"]);
-    assert_eq!(client.acquire(&keys[2], NOW).account, "a");
+    assert_eq!(client.acquire(&keys[2], NOW + 2).account, "a");
     client.check_invariants(3);
     // Fewer: those who came last give up theirs, at once.
     client.ok(&["CONFIG", "SET", "mpool.slots-per-account", "1"]);
