@@ -127,6 +127,10 @@ impl<'a> Call<'a> {
         Reply
     }
 
+    pub(crate) fn may_block(&self) -> bool {
+        true
+    }
+
     pub(crate) fn block(&self) -> Blocked {
         Blocked
     }

@@ -37,11 +37,18 @@ mod pool;
 #[path = "../../../src/store.rs"]
 mod store;
 
+/// Settings that commands ask for; as they are unless told otherwise.
+mod settings {
+    pub(crate) fn max_clock_skew_ms() -> Option<i64> {
+        None
+    }
+}
+
 use accounts::{Change, Credential, Scan, Sink};
 use background::Background;
 use ffi::{Item, Outcome};
 use libfuzzer_sys::fuzz_target;
-use pool::{Pool, Tier, names};
+use pool::{Choice, Pool, Tier, names};
 use redis_module::{Context, Keyspace, Value, server};
 use secrecy::ExposeSecret;
 use std::collections::{BTreeMap, BTreeSet};
@@ -94,8 +101,8 @@ impl Run {
     fn begin(input: &[u8]) -> Self {
         server::start(events::key_changed);
         node::forget_arrivals();
-        let mut node = node::Node::new(Pool::new(2, 86_400_000), true);
-        node.rng = rand::SeedableRng::seed_from_u64(1);
+        let choice = Choice::Random(rand::SeedableRng::seed_from_u64(1));
+        let node = node::Node::new(Pool::new(2, 86_400_000), choice, true);
         node::install(Some(node));
         let mut run = Self {
             capacity: 2,

@@ -28,6 +28,8 @@ mod client_io;
 mod config;
 #[path = "../../../src/bin/mpool-forwarder/headers.rs"]
 mod headers;
+#[path = "../../../src/bin/mpool-forwarder/known.rs"]
+mod known;
 #[path = "../../../src/bin/mpool-forwarder/lender.rs"]
 mod lender;
 #[path = "../../../src/bin/mpool-forwarder/link.rs"]
@@ -168,6 +170,7 @@ fn config() -> Config {
         timeouts: CONFIG.timeouts,
         limits: CONFIG.limits,
         grace: CONFIG.grace,
+        lease_cache: CONFIG.lease_cache,
         cooldown: CONFIG.cooldown,
         log: CONFIG.log,
         log_level: CONFIG.log_level,

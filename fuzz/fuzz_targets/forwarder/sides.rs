@@ -128,7 +128,11 @@ impl Sides {
                 came.drain(..length);
                 let words: Vec<&[u8]> = words.iter().map(Vec::as_slice).collect();
                 let reply = match words[..] {
-                    [b"CLIENT", b"SETNAME", _] => "+OK\r\n".to_owned(),
+                    [b"CLIENT", b"SETNAME", _] | [b"CLIENT", b"TRACKING", b"ON"] => {
+                        "+OK\r\n".to_owned()
+                    }
+                    [b"HELLO", b"3"] => "%1\r\n+proto\r\n:3\r\n".to_owned(),
+                    [b"EXISTS", _, _] => ":2\r\n".to_owned(),
                     [b"MPOOL.ACQUIRE", key, b"*", b"WITHTOKEN"] => self.lease(key),
                     [b"MPOOL.COOLDOWN", b"medium", account, b"*", ms]
                     | [
@@ -145,7 +149,8 @@ impl Sides {
                         if account == b"a" {
                             *self.cooled.borrow_mut() = ms != b"0";
                         }
-                        "*0\r\n".to_owned()
+                        // Those who remember its leases are told.
+                        ">2\r\n$10\r\ninvalidate\r\n_\r\n*0\r\n".to_owned()
                     }
                     _ => panic!("Redis is asked {words:?}"),
                 };
