@@ -32,7 +32,7 @@ const NAME: &[u8] = b"mpool-forwarder";
 pub enum Event {
     Up,
     Lost,
-    /// It can't be made, and why; said once until it can.
+    /// It can't be made, and why; said each time.
     Down(&'static str),
 }
 
@@ -160,20 +160,15 @@ enum Over {
 impl<S: Fn(Event) + Send + Sync + 'static> Keeper<S> {
     async fn run(mut self, mut target: RedisTarget) {
         let mut pause = PAUSE.0;
-        let mut told = false;
         loop {
             match self.connect(&mut target).await {
                 Err(Over::Closed) => return,
                 Err(Over::Lost) => {}
                 Ok(Err(why)) => {
-                    if !told {
-                        (self.said)(Event::Down(why));
-                    }
-                    told = true;
+                    (self.said)(Event::Down(why));
                 }
                 Ok(Ok(stream)) => {
                     (self.said)(Event::Up);
-                    told = false;
                     let (over, answered) = self.converse(stream).await;
                     self.known.end();
                     (self.said)(Event::Lost);
@@ -435,6 +430,8 @@ async fn open(
         let verdict = ask_alone(&mut stream, patience, &question).await?;
         if verdict.starts_with(b"-NOKEY") {
             *outage.since() = None;
+        } else if verdict.starts_with(b"-LOADING") {
+            return Err("Redis is loading its data");
         }
     }
     // Nor need it be allowed to be told of changes: then every request asks.

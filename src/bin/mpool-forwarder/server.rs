@@ -22,8 +22,8 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use std::convert::Infallible;
 use std::io;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -43,8 +43,8 @@ pub struct Shared {
     pub seen: Arc<Seen>,
     pub accounts: Arc<crate::accounts::Accounts>,
     pub began: Instant,
-    /// Whether the log says already that Redis can't be asked.
-    pub outage_told: Arc<AtomicBool>,
+    /// Why Redis can't be asked, as far as the log says so since it last could.
+    pub outage_told: Arc<Mutex<Vec<&'static str>>>,
 }
 
 impl Shared {
@@ -61,7 +61,7 @@ impl Shared {
             move |event| match event {
                 // Every thread has a connection; the first one speaks for all.
                 Event::Up => {
-                    told.store(false, Ordering::Relaxed);
+                    told.lock().unwrap_or_else(PoisonError::into_inner).clear();
                     if metrics.redis_up.inc() == 0 {
                         tracing::info!(event = "redis", "connected to Redis at {shown}");
                     }
@@ -75,7 +75,9 @@ impl Shared {
                     }
                 }
                 Event::Down(why) => {
-                    if !told.swap(true, Ordering::Relaxed) {
+                    let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
+                    if !told.contains(&why) {
+                        told.push(why);
                         tracing::error!(event = "redis", "Redis at {shown} can't be asked: {why}");
                     }
                 }
