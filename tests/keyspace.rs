@@ -290,7 +290,10 @@ fn changes_of_a_cooldown() {
 fn a_lease_put_upon_a_full_account_by_hand_is_given_up() {
     let mut scene = Scene::new();
     scene.run("HSET key_rotation:{j} account {a}");
-    scene.run("COPY key_rotation:{k} key_rotation:{n}");
+    let [last, next] = [NOW + 1, NOW + 1 + DAY];
+    scene.run(&format!(
+        "HSET key_rotation:{{n}} account {{a}} last_rotation {last} next_rotation {next}"
+    ));
     // Three leases of two slots: whoever came last moves.
     let extra = scene.word("{n}");
     let lease = scene.client.acquire(&extra, NOW + 1);
