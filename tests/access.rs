@@ -256,14 +256,19 @@ impl Raw {
         let mut part = [0; 65536];
         loop {
             let text = String::from_utf8_lossy(&bytes).into_owned();
-            let ends = [
-                format!("${}\r\n{END}\r\n", END.len()),
-                "-NOAUTH Authentication required.\r\n".to_owned(),
-                "-NOPERM this user has no permissions to run the 'ping' command\r\n".to_owned(),
-            ];
+            let whole = format!("${}\r\n{END}\r\n", END.len());
+            if let Some(before) = text.strip_suffix(&whole) {
+                return before.to_owned();
+            }
             // What was asked for may be refused so as well: then the PING is, too.
-            if let Some(end) = ends.iter().find(|end| text.ends_with(end.as_str())) {
-                return text.strip_suffix(end.as_str()).unwrap().to_owned();
+            // Whose permissions they are, newer servers say by name.
+            let last = text.trim_end().rfind('\n').map_or(0, |end| end + 1);
+            let (before, last) = text.split_at(last);
+            let refused = last == "-NOAUTH Authentication required.\r\n"
+                || last.starts_with("-NOPERM ")
+                    && last.ends_with("has no permissions to run the 'ping' command\r\n");
+            if refused {
+                return before.to_owned();
             }
             match self.0.read(&mut part) {
                 Ok(0) | Err(_) => return text,

@@ -121,7 +121,7 @@ fn the_lua_peer_keeps_the_modules_rules() {
     let mut states = BTreeMap::<String, u32>::new();
     for step in 0..1_500 {
         now += [0, 0, 0, 1, 60_000, DAY / 24, DAY / 6][rng.random_range(0..7)];
-        while keys.len() < 14 {
+        while keys.len() < 20 {
             made += 1;
             let key = format!("sk-cli-v1-{made}");
             let expires_at = (now + rng.random_range(1..5) * DAY + 7).to_string();
