@@ -131,6 +131,21 @@ pub fn leak(bytes: &[u8], keys: bool) -> Option<String> {
     Some(String::from_utf8_lossy(line).into_owned())
 }
 
+/// A log without the lines in which Redis 8 names keys that expire or are
+/// evicted, at this level, as README says.
+fn without_servers_own(log: &[u8]) -> Vec<u8> {
+    let ends = [&b" expired: deleting it"[..], b" evicted: deleting it"];
+    let is_own = |line: &[u8]| ends.iter().any(|end| line.trim_ascii_end().ends_with(end));
+    let lines = log.split_inclusive(|byte| *byte == b'\n');
+    let kept = lines.filter(|line| {
+        !is_own(line)
+            || TOKENS
+                .iter()
+                .any(|token| memchr::memmem::find(line, token.as_bytes()).is_some())
+    });
+    kept.flatten().copied().collect()
+}
+
 /// Fails if a file below the folder holds a token, or a log a whole client key.
 #[track_caller]
 pub fn check_no_leak(folder: &Path) {
@@ -141,7 +156,11 @@ pub fn check_no_leak(folder: &Path) {
         } else if entry.file_type().is_ok_and(|kind| kind.is_file()) {
             let name = entry.file_name();
             let is_log = name.to_str().is_some_and(|name| name.ends_with("log"));
-            let found = leak(&fs::read(&path).unwrap_or_default(), is_log);
+            let mut bytes = fs::read(&path).unwrap_or_default();
+            if is_log {
+                bytes = without_servers_own(&bytes);
+            }
+            let found = leak(&bytes, is_log);
             assert_eq!(found, None, "a secret is in {}", path.display());
         }
     }
