@@ -202,27 +202,35 @@ impl Cluster {
 
 /// What `INFO replication` of a server says, which need not be there.
 fn info(server: &Server, name: &str) -> Option<String> {
+    replication(server)?.get(name)
+}
+
+fn replication(server: &Server) -> Option<redis::InfoDict> {
     let client = redis::Client::open(server.url()).unwrap();
     let patience = Duration::from_secs(1);
     let mut connection = client.get_connection_with_timeout(patience).ok()?;
     connection.set_read_timeout(Some(patience)).ok()?;
-    let info: redis::InfoDict = redis::cmd("INFO")
-        .arg("replication")
-        .query(&mut connection)
-        .ok()?;
-    info.get(name)
+    let mut command = redis::cmd("INFO");
+    command.arg("replication").query(&mut connection).ok()
 }
 
 fn role(server: &Server) -> Option<String> {
     info(server, "role")
 }
 
-/// Whether it has been told to follow that one, and does.
+/// Whether it has been told to follow that one, and does, by the word of both:
+/// a primary hands over to none whose acknowledgement it still awaits.
 fn follows(server: &Server, primary: &Server) -> Option<()> {
     let host = info(server, "master_host")? == primary.host();
     let port = info(server, "master_port")? == primary.port.to_string();
     let up = info(server, "master_link_status")? == "up";
-    (host && port && up).then_some(())
+    let replicas = replication(primary)?;
+    let own = format!("port={},state=online", server.port);
+    let online = (0..2).any(|number| {
+        let line: Option<String> = replicas.get(&format!("slave{number}"));
+        line.is_some_and(|line| line.contains(&own))
+    });
+    (host && port && up && online).then_some(())
 }
 
 #[track_caller]
