@@ -57,8 +57,15 @@ fn bearer(value: &HeaderValue) -> Option<&[u8]> {
 /// Removes what is meant for this connection alone, in either direction.
 /// Answers whether the sender takes trailers (`TE: trailers`).
 pub fn strip_hop_by_hop(headers: &mut HeaderMap) -> bool {
-    if !headers.keys().any(|name| HOP_BY_HOP.contains(name)) {
-        return false;
+    let mut found = headers.keys().filter(|name| is_hop_by_hop(name));
+    match (found.next(), found.next()) {
+        (None, _) => return false,
+        // What most servers say of most answers.
+        (Some(name), None) if *name == CONNECTION && is_keep_alive(headers) => {
+            headers.remove(CONNECTION);
+            return false;
+        }
+        _ => {}
     }
     let takes_trailers = lists(headers.get_all(TE), b"trailers");
     let named: Vec<HeaderName> = headers
@@ -75,6 +82,20 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) -> bool {
         headers.remove(name);
     }
     takes_trailers
+}
+
+/// Whether it is one of [`HOP_BY_HOP`]: told by the text, as most names are of other lengths.
+fn is_hop_by_hop(name: &HeaderName) -> bool {
+    matches!(
+        name.as_str(),
+        "connection" | "proxy-connection" | "keep-alive" | "te" | "transfer-encoding" | "upgrade"
+    )
+}
+
+fn is_keep_alive(headers: &HeaderMap) -> bool {
+    let values = headers.get_all(CONNECTION);
+    let is_it = |value: &HeaderValue| value.as_bytes().eq_ignore_ascii_case(b"keep-alive");
+    values.iter().all(is_it)
 }
 
 fn lists(values: GetAll<'_, HeaderValue>, word: &[u8]) -> bool {
@@ -257,6 +278,21 @@ mod tests {
             headers,
             map(&[("x-three", "3"), ("x-three", "again"), ("trailer", "x-sum")])
         );
+    }
+
+    #[test]
+    fn whatever_is_hop_by_hop_is_seen_alone_too() {
+        for name in &HOP_BY_HOP {
+            assert!(is_hop_by_hop(name), "{name}");
+            for value in ["keep-alive", "Keep-Alive", "close", "x-one, keep-alive"] {
+                let mut headers = map(&[("x-one", "1"), ("x-two", "2")]);
+                headers.insert(name, HeaderValue::from_static(value));
+                strip_hop_by_hop(&mut headers);
+                let named = *name == CONNECTION && value.contains("x-one");
+                assert_eq!(headers.contains_key("x-one"), !named, "{name}: {value}");
+                assert_eq!(headers.len(), 2 - usize::from(named), "{name}: {value}");
+            }
+        }
     }
 
     #[test]

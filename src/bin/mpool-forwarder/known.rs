@@ -103,9 +103,6 @@ impl Known {
 
     /// The lease of a key at `now`, which is `clock` in unix ms.
     pub fn look(&self, key: &str, now: Instant, clock: i64) -> Look {
-        if !self.is_wanted() {
-            return Look::Ask;
-        }
         let span = self.span;
         let mut inner = self.inner();
         if inner.line.is_none() {

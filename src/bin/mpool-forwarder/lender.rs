@@ -189,18 +189,17 @@ pub fn clock() -> i64 {
 
 impl Lender {
     /// The account for a key, if it need not be asked for: [`Look::Lease`].
-    pub fn look(&self, key: &[u8]) -> Look {
-        match client_key(key) {
-            Some(key) => self.link.known.look(key, Instant::now(), clock()),
-            None => Look::Ask,
+    pub fn look(&self, key: &str) -> Look {
+        let known = &self.link.known;
+        if !known.is_wanted() {
+            return Look::Ask;
         }
+        known.look(key, Instant::now(), clock())
     }
 
     /// Have Redis asked for this key the next time.
-    pub fn forget(&self, key: &[u8]) {
-        if let Some(key) = client_key(key) {
-            self.link.known.forget(key);
-        }
+    pub fn forget(&self, key: &str) {
+        self.link.known.forget(key);
     }
 
     /// The account for a key, from Redis, which may tell of changes to it
@@ -209,23 +208,20 @@ impl Lender {
     /// # Errors
     /// [`Denied`] when the key is refused, no account is free, or Redis can't be
     /// asked and no lease may be used without it.
-    pub async fn acquire(&self, key: &[u8], look: Look) -> Result<Grant, Denied> {
+    pub async fn acquire(&self, key: &str, look: Look) -> Result<Grant, Denied> {
         let ticket = match look {
             Look::Lease(grant) => return Ok(grant),
             Look::Ask => return self.ask(key).await,
             Look::Track(ticket) => ticket,
         };
-        let Some(text) = client_key(key) else {
-            return self.ask(key).await;
-        };
         // Redis remembers who has read which keys.
-        let names = [REGISTRATION, LEASE].map(|kind| format!("{kind}{text}"));
+        let names = [REGISTRATION, LEASE].map(|kind| format!("{kind}{key}"));
         let [registration, lease] = names.each_ref().map(|name| name.as_bytes());
         let reading = self.link.send(&[b"EXISTS", registration, lease]);
         let grant = self.ask(key).await?;
         let read = reading.await;
         if read.is_ok_and(|reply| reply.starts_with(b":")) {
-            self.link.known.learn(text, ticket, &grant);
+            self.link.known.learn(key, ticket, &grant);
         }
         Ok(grant)
     }
@@ -234,8 +230,7 @@ impl Lender {
     ///
     /// # Errors
     /// As [`Self::acquire`].
-    pub async fn ask(&self, key: &[u8]) -> Result<Grant, Denied> {
-        let key = client_key(key).ok_or(Denied::of(Code::NoKey, "the key can't be one"))?;
+    pub async fn ask(&self, key: &str) -> Result<Grant, Denied> {
         let words: [&[u8]; 4] = [b"MPOOL.ACQUIRE", key.as_bytes(), b"*", b"WITHTOKEN"];
         let denied = match self.link.ask(&words).await {
             Ok(reply) => match error_in(&reply) {
@@ -363,8 +358,8 @@ impl Lender {
     }
 }
 
-/// The key as the module takes it: 1 to 256 visible ASCII characters.
-fn client_key(key: &[u8]) -> Option<&str> {
+/// A key as the module takes it: 1 to 256 visible ASCII characters.
+pub fn client_key(key: &[u8]) -> Option<&str> {
     let fits = (1..=KEY_MAX).contains(&key.len()) && key.iter().all(u8::is_ascii_graphic);
     fits.then(|| std::str::from_utf8(key).ok()).flatten()
 }

@@ -8,7 +8,7 @@ use crate::client_io::{Active, Exchange, Turn};
 use crate::config::Limits;
 use crate::headers::{self, GivenKey};
 use crate::known::Look;
-use crate::lender::{Denied, Grant, Lender, State};
+use crate::lender::{self, Denied, Grant, Lender, State};
 use crate::metrics::Metrics;
 use crate::relay::{Bounds, Relay, Reply};
 use crate::report::{Report, log_lease};
@@ -49,7 +49,7 @@ struct Order {
     takes_trailers: bool,
     extensions: hyper::http::Extensions,
     upload: Upload,
-    key: Box<[u8]>,
+    key: Box<str>,
     /// The key, as the rules for accounts tell keys apart.
     who: u64,
     expects_continue: bool,
@@ -135,7 +135,7 @@ impl Proxy {
         parts: &Parts,
         body: &Incoming,
         report: &mut Report,
-    ) -> Result<(Grant, Box<[u8]>), Own> {
+    ) -> Result<(Grant, Box<str>), Own> {
         let target = parts
             .uri
             .path_and_query()
@@ -151,15 +151,16 @@ impl Proxy {
         if parts.uri.authority().is_some() && parts.uri.scheme().is_none() {
             return Err(Code::BadRequest.into());
         }
-        let key: Box<[u8]> = match headers::client_key(&parts.headers) {
-            GivenKey::One(key) => key.into(),
+        let key = match headers::client_key(&parts.headers) {
+            GivenKey::One(key) => key,
             GivenKey::None => return Err(Code::NoKeyGiven.into()),
             GivenKey::Two => return Err(Code::TwoKeys.into()),
         };
-        report.key(&key);
+        report.key(key);
         if body.size_hint().lower() > self.limits.body {
             return Err(Code::BodyTooLarge.into());
         }
+        let key: Box<str> = lender::client_key(key).ok_or(Code::NoKey)?.into();
         let grant = match self.lender.look(&key) {
             Look::Lease(grant) => {
                 self.metrics.known.inc();
@@ -172,12 +173,12 @@ impl Proxy {
     }
 
     /// The account for a key, as Redis has it now.
-    async fn ask(&self, key: &[u8]) -> Result<Grant, Own> {
+    async fn ask(&self, key: &str) -> Result<Grant, Own> {
         self.lender.forget(key);
         self.acquire(key, Look::Ask).await
     }
 
-    async fn acquire(&self, key: &[u8], look: Look) -> Result<Grant, Own> {
+    async fn acquire(&self, key: &str, look: Look) -> Result<Grant, Own> {
         let asked = Instant::now();
         let outcome = self.lender.acquire(key, look).await;
         self.metrics.acquire.observe(asked.elapsed().as_secs_f64());
@@ -207,7 +208,7 @@ impl Proxy {
     async fn forward(
         &self,
         (parts, body): (Parts, Incoming),
-        (grant, key): (Grant, Box<[u8]>),
+        (grant, key): (Grant, Box<str>),
         mut report: Report,
         active: Active,
         exchange: &Arc<Exchange>,
@@ -222,7 +223,7 @@ impl Proxy {
             headers,
             extensions: parts.extensions,
             upload: Upload::new(body, &self.uploads, exchange),
-            who: self.lender.accounts.key(&key),
+            who: self.lender.accounts.key(key.as_bytes()),
             key,
             expects_continue,
             over_http2: parts.version == Version::HTTP_2,

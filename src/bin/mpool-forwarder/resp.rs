@@ -54,7 +54,9 @@ pub fn reply_length(bytes: &[u8]) -> Result<Option<usize>, Malformed> {
             return Err(Malformed);
         }
         let rest = bytes.get(at..).unwrap_or_default();
-        let Some(end) = memchr::memchr(b'\n', rest) else {
+        // Most lines are shorter than it takes to begin a search.
+        let near = rest.iter().take(16).position(|byte| *byte == b'\n');
+        let Some(end) = near.or_else(|| memchr::memchr(b'\n', rest)) else {
             // No line of the protocol's own is longer than an error's text.
             return if rest.len() > 64 << 10 {
                 Err(Malformed)
