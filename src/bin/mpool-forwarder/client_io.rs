@@ -189,12 +189,24 @@ impl Drop for Active {
     }
 }
 
-/// The bounds that a connection is held to.
-#[derive(Clone, Copy, Debug)]
-struct Bounds {
+/// The bounds that connections are held to, and where their ends are counted.
+#[derive(Debug)]
+pub struct Bounds {
     header: Duration,
     keepalive: Duration,
     send: Duration,
+    metrics: Arc<Metrics>,
+}
+
+impl Bounds {
+    pub fn new(timeouts: &Timeouts, metrics: &Arc<Metrics>) -> Self {
+        Self {
+            header: timeouts.header,
+            keepalive: timeouts.keepalive,
+            send: timeouts.send,
+            metrics: Arc::clone(metrics),
+        }
+    }
 }
 
 /// A transport that has a socket underneath.
@@ -220,13 +232,20 @@ fn is_closed(socket: &TcpStream) -> bool {
     seen.is_some_and(|seen| seen.is_ok_and(|seen: Ready| seen.is_read_closed()))
 }
 
+/// What becomes of a client that is refused.
+enum Refusal {
+    /// It gets this, in the place of what the library says, or where that says nothing.
+    Answering(Bytes),
+    /// What it has sent since, in bytes, and when the wait for it to go ends.
+    Lingering(usize, Instant),
+}
+
 /// A transport `S` with bounds.
 pub struct ClientIo<S> {
     inner: S,
     exchange: Arc<Exchange>,
-    bounds: Bounds,
+    bounds: Arc<Bounds>,
     is_http2: bool,
-    metrics: Arc<Metrics>,
     /// Requests that the state below has taken note of.
     noted: u64,
     /// All answers to them have gone out.
@@ -240,39 +259,25 @@ pub struct ClientIo<S> {
     /// Whether the library reads, so that it sees a client go.
     reading: bool,
     /// Looks out for that while it does not: a second view of the socket.
-    lookout: Option<TcpStream>,
+    lookout: Option<Box<TcpStream>>,
     /// Since when the client takes nothing.
     stalled_since: Option<Instant>,
     patience: Patience,
-    /// An answer in the place of the library's, or where it has none.
-    own: Option<Bytes>,
-    /// What came since that answer, in bytes, and when the wait for it ends.
-    lingering: Option<(usize, Instant)>,
+    /// What is still to be done for a client that is refused here.
+    refusal: Option<Box<Refusal>>,
     /// Time is up: nothing more is read.
     expired: bool,
     shut: bool,
 }
 
 impl<S: Transport> ClientIo<S> {
-    pub fn new(
-        inner: S,
-        is_http2: bool,
-        exchange: Arc<Exchange>,
-        timeouts: &Timeouts,
-        metrics: &Arc<Metrics>,
-    ) -> Self {
+    pub fn new(inner: S, is_http2: bool, exchange: Arc<Exchange>, bounds: Arc<Bounds>) -> Self {
         let now = Instant::now();
-        let bounds = Bounds {
-            header: timeouts.header,
-            keepalive: timeouts.keepalive,
-            send: timeouts.send,
-        };
         Self {
             inner,
             exchange,
             bounds,
             is_http2,
-            metrics: Arc::clone(metrics),
             noted: 0,
             clean: true,
             was_active: false,
@@ -283,8 +288,7 @@ impl<S: Transport> ClientIo<S> {
             lookout: None,
             stalled_since: None,
             patience: Patience::new(),
-            own: None,
-            lingering: None,
+            refusal: None,
             expired: false,
             shut: false,
         }
@@ -345,15 +349,17 @@ impl<S: Transport> ClientIo<S> {
     }
 
     fn answer(&mut self, code: Code) {
-        self.metrics.turned_away(code);
-        self.own = Some(code.bytes());
+        self.bounds.metrics.turned_away(code);
+        self.refusal = Some(Box::new(Refusal::Answering(code.bytes())));
     }
 
     fn poll_own(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        while let Some(own) = &mut self.own {
+        let Some(refusal) = &mut self.refusal else {
+            return Poll::Ready(Ok(()));
+        };
+        while let Refusal::Answering(own) = &mut **refusal {
             if !own.has_remaining() {
-                self.own = None;
-                self.lingering = Some((0, Instant::now() + LINGER.1));
+                **refusal = Refusal::Lingering(0, Instant::now() + LINGER.1);
                 break;
             }
             let written = ready!(Pin::new(&mut self.inner).poll_write(cx, own))?;
@@ -369,7 +375,7 @@ impl<S: Transport> ClientIo<S> {
     /// when all answers are out can only be its own refusal of something that is
     /// no request: a full answer goes in its place.
     fn replaces(&mut self, bytes: &[u8]) -> bool {
-        if self.own.is_some() || self.lingering.is_some() {
+        if self.refusal.is_some() {
             return true;
         }
         self.note();
@@ -416,7 +422,7 @@ impl<S: Transport> ClientIo<S> {
             let view = view
                 .map(std::net::TcpStream::from)
                 .and_then(TcpStream::from_std);
-            self.lookout = view.ok();
+            self.lookout = view.ok().map(Box::new);
         }
         let Some(lookout) = &self.lookout else {
             return Poll::Pending;
@@ -436,14 +442,17 @@ impl<S: Transport> ClientIo<S> {
     /// Reads what the refused client still sends, within bounds.
     fn poll_linger(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let mut scrap = [0; 4096];
-        while let Some((seen, until)) = self.lingering {
+        let Some(Refusal::Lingering(seen, until)) = self.refusal.as_deref_mut() else {
+            return Poll::Ready(());
+        };
+        loop {
             let mut buffer = ReadBuf::new(&mut scrap);
             match Pin::new(&mut self.inner).poll_read(cx, &mut buffer) {
-                Poll::Ready(Ok(())) if !buffer.filled().is_empty() && seen < LINGER.0 => {
-                    self.lingering = Some((seen + buffer.filled().len(), until));
+                Poll::Ready(Ok(())) if !buffer.filled().is_empty() && *seen < LINGER.0 => {
+                    *seen += buffer.filled().len();
                 }
                 Poll::Ready(_) => break,
-                Poll::Pending => return self.patience.poll(until, cx),
+                Poll::Pending => return self.patience.poll(*until, cx),
             }
         }
         Poll::Ready(())

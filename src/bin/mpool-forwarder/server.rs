@@ -3,7 +3,7 @@
 //! a request never changes threads.
 
 use crate::answers::Code;
-use crate::client_io::{ClientIo, Exchange, Transport};
+use crate::client_io::{Bounds, ClientIo, Exchange, Transport};
 use crate::config::Config;
 use crate::known::Known;
 use crate::lender::{Lender, Seen};
@@ -268,7 +268,8 @@ pub async fn work(
         began: shared.began,
         complained_at: AtomicU64::new(0),
     });
-    let http = Arc::new(Http::new(config.limits.header));
+    let bounds = Bounds::new(&config.timeouts, &shared.metrics);
+    let http = Arc::new(Http::new(config.limits.header, bounds));
     let graceful = GracefulShutdown::new();
     let (stop, stopping) = watch::channel(());
     while let Some((stream, place)) = waiting.recv().await {
@@ -301,12 +302,13 @@ pub async fn work(
 
 /// How HTTP is spoken with clients.
 struct Http {
+    bounds: Arc<Bounds>,
     one: http1::Builder,
     two: http2::Builder<TokioExecutor>,
 }
 
 impl Http {
-    fn new(max_header: usize) -> Self {
+    fn new(max_header: usize, bounds: Bounds) -> Self {
         let mut one = http1::Builder::new();
         one.timer(TokioTimer::new())
             // ClientIo has its own, which tells an idle client from a slow one.
@@ -329,7 +331,11 @@ impl Http {
             // What is between this and the limit gets a full answer.
             .max_header_list_size(u32::try_from(max_header.saturating_mul(2)).unwrap_or(u32::MAX))
             .keep_alive_interval(Duration::from_secs(30));
-        Self { one, two }
+        Self {
+            bounds: Arc::new(bounds),
+            one,
+            two,
+        }
     }
 }
 
@@ -379,13 +385,8 @@ impl Serving {
         http2: bool,
     ) -> BoxFuture<'static, ()> {
         let exchange = Arc::new(Exchange::default());
-        let client = ClientIo::new(
-            stream,
-            http2,
-            Arc::clone(&exchange),
-            &self.shared.config.timeouts,
-            &self.proxy.metrics,
-        );
+        let bounds = Arc::clone(&self.http.bounds);
+        let client = ClientIo::new(stream, http2, Arc::clone(&exchange), bounds);
         let io = TokioIo::new(client);
         let (proxy, place) = (self.proxy, self.place);
         let service = service_fn(move |request: Request<Incoming>| {

@@ -264,14 +264,10 @@ impl Upload {
     /// The body for one more try, from its beginning. Nothing when it is no
     /// longer in hand.
     pub fn body(&self) -> Option<UploadBody> {
-        let Some(mut source) = self.lock() else {
-            return Some(UploadBody {
-                source: None,
-                attempt: 0,
-                next: 0,
-                left: Some(0),
-            });
+        let Some(shared) = &self.source else {
+            return Some(UploadBody(None));
         };
+        let mut source = shared.lock().unwrap_or_else(PoisonError::into_inner);
         if source.attempt > 0 && source.kept.is_none() {
             return None;
         }
@@ -283,12 +279,12 @@ impl Upload {
             .size_hint()
             .exact()
             .map(|rest| rest + source.received);
-        Some(UploadBody {
-            source: self.source.clone(),
+        Some(UploadBody(Some(Box::new(Sending {
+            source: Arc::clone(shared),
             attempt: source.attempt,
             next: 0,
             left,
-        })
+        }))))
     }
 
     /// Whether the whole body can be sent once more.
@@ -379,9 +375,13 @@ impl Upload {
     }
 }
 
+/// A body to send, or none: small, as a connection to the upstream sets aside
+/// room for many requests.
+pub struct UploadBody(Option<Box<Sending>>);
+
 /// One sending of the body.
-pub struct UploadBody {
-    source: Option<Arc<Mutex<Source>>>,
+struct Sending {
+    source: Arc<Mutex<Source>>,
     attempt: u32,
     next: usize,
     /// Bytes yet to come, where that is known.
@@ -396,11 +396,10 @@ impl Body for UploadBody {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Fault>>> {
-        let this = self.get_mut();
-        let Some(source) = &this.source else {
+        let Some(this) = &mut self.get_mut().0 else {
             return Poll::Ready(None);
         };
-        let mut source = source.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut source = this.source.lock().unwrap_or_else(PoisonError::into_inner);
         if source.attempt != this.attempt {
             return Poll::Ready(Some(Err(Fault::Superseded)));
         }
@@ -434,12 +433,12 @@ impl Body for UploadBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.source.is_none()
+        self.0.is_none()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.left
-            .map_or_else(SizeHint::default, SizeHint::with_exact)
+        let left = self.0.as_ref().map_or(Some(0), |sending| sending.left);
+        left.map_or_else(SizeHint::default, SizeHint::with_exact)
     }
 }
 
