@@ -50,9 +50,9 @@ torture: deps-test build ## an hour of crashes, failovers, random commands and f
 	CARGO_PROFILE_TEST_OPT_LEVEL=2 cargo test --lib states:: -- --ignored
 	scripts/fuzz 60
 
-bench: deps-bench ## the benchmarks, with an optimised module
+bench: deps-bench ## the benchmarks: a page of ratios, kept in benches/RESULTS.md
 	cargo build --release --features ceiling
-	cargo bench --features ceiling
+	MPOOL_BENCH_RESULTS=benches/RESULTS.md cargo bench --quiet --features ceiling --bench module --bench growth --bench stalls --bench forwarder
 
 build: ## the module, the forwarder and the demo upstream, for the tests
 	cargo build --lib --bins --examples

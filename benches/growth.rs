@@ -13,11 +13,10 @@
 //! are medians, with the least and the most beside them. Run it with `make bench`.
 
 mod common;
-#[path = "../tests/support/mod.rs"]
-mod support;
 
+use common::page::{Bar, Page};
+use common::support::{DAY, Options, Server};
 use common::{Link, extreme, median, mix, pack};
-use support::{DAY, Options, Server};
 
 const ROUNDS: usize = 7;
 /// Calls of a round, in pipelines and one by one.
@@ -53,13 +52,17 @@ struct Cell {
     figures: [Vec<f64>; FIGURES.len()],
 }
 
-const FIGURES: [&str; 5] = [
+const FIGURES: [&str; 6] = [
     "current lease, each answer awaited: time",
     "current lease, pipelines of 32: server CPU",
     "must choose, each answer awaited: time",
     "must choose, pipelines of 32: server CPU",
     "the same writes in plain Redis, pipelines of 32: server CPU",
+    "HMGET of two fields of the lease, pipelines of 32: server CPU",
 ];
+/// Those that must not grow.
+const FLAT: [usize; 4] = [0, 1, 2, 3];
+const FLAT_BAR: Bar = Bar::AtMost(1.2);
 
 impl Cell {
     fn new(work: Work, &(name, accounts, slots, keys): &Size) -> Self {
@@ -118,14 +121,17 @@ impl Cell {
         let calls = self.plain(PIPED);
         let replies = self.plain_replies();
         let plain = self.link.piped_each(pid, calls, replies);
+        let calls = self.reads(PIPED);
+        let reads = self.link.piped(pid, calls);
         let round = [
             awaited_current,
             piped_current,
             awaited_choosing,
             piped_choosing,
             plain,
+            reads,
         ];
-        let counts = [AWAITED, PIPED, AWAITED, PIPED, PIPED];
+        let counts = [AWAITED, PIPED, AWAITED, PIPED, PIPED, PIPED];
         for ((figures, cost), count) in self.figures.iter_mut().zip(round).zip(counts) {
             figures.push(cost / count as f64);
         }
@@ -137,6 +143,15 @@ impl Cell {
         let key = |n| &self.keys[(mix(n) % keys) as usize];
         (0..count as u64)
             .map(|n| acquire(key(n), self.now))
+            .collect()
+    }
+
+    /// What a client without the module would read of such leases.
+    fn reads(&self, count: usize) -> Vec<Vec<u8>> {
+        let keys = self.keys.len() as u64;
+        let name = |n| format!("key_rotation:{}", self.keys[(mix(n) % keys) as usize]);
+        (0..count as u64)
+            .map(|n| pack(&["HMGET", &name(n), "account", "next_rotation"]))
             .collect()
     }
 
@@ -257,38 +272,48 @@ fn main() {
         .collect();
     let chosen =
         |name: &str| words.is_empty() || words.iter().any(|word| name.contains(word.as_str()));
+    let mut page = Page::new("Growth", &[]);
+    page.line(format!(
+        "microseconds a call, medians of {ROUNDS} rounds (least-most), ratio to the smallest size's"
+    ));
     for (what, work, sizes) in TABLES {
         let sizes = sizes.iter().filter(|(name, ..)| chosen(name));
         let mut cells: Vec<Cell> = sizes.map(|size| Cell::new(work, size)).collect();
         if !cells.is_empty() {
-            run(what, &mut cells);
+            run(&mut page, what, &mut cells);
         }
     }
+    page.save();
 }
 
-fn run(what: &str, cells: &mut [Cell]) {
-    for _ in 0..ROUNDS {
+fn run(page: &mut Page, what: &str, cells: &mut [Cell]) {
+    for round in 1..=ROUNDS {
+        eprintln!("growth: round {round} of {ROUNDS}");
         cells.iter_mut().for_each(Cell::round);
     }
-    println!(
-        "\nACQUIRE by {what}: microseconds a call, median of {ROUNDS} (least to most), ratio to the first"
-    );
+    page.line("");
+    page.line(format!("ACQUIRE by {what}"));
     for (number, figure) in FIGURES.iter().enumerate() {
-        println!("  {figure}");
+        page.line(format!("  {figure}"));
         let base = median(&cells[0].figures[number]);
+        let mut growth: f64 = 1.0;
         for cell in &*cells {
             let figures = &cell.figures[number];
             let (least, most) = (extreme(figures, f64::min), extreme(figures, f64::max));
             let middle = median(figures);
             let ratio = middle / base;
-            println!(
-                "    {:<18}{:>8.2}  ({:.2} to {:.2}){:>9.2}x",
+            growth = growth.max(ratio);
+            page.line(format!(
+                "    {:<18}{:>8.2}{:>7.2}x ({:.2}-{:.2})",
                 cell.name,
                 middle / 1e3,
+                ratio,
                 least / 1e3,
                 most / 1e3,
-                ratio
-            );
+            ));
+        }
+        if FLAT.contains(&number) && cells.len() > 1 {
+            page.bar("growth", growth, FLAT_BAR, "x");
         }
     }
 }

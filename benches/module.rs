@@ -9,12 +9,11 @@
 //! Run it with `make bench`.
 
 mod common;
-#[path = "../tests/support/mod.rs"]
-mod support;
 
+use common::page::{Bar, Page};
+use common::support::{DAY, Options, Server};
 use common::{Link, extreme, median, mix, pack};
 use std::path::Path;
-use support::{DAY, Options, Server};
 
 const ROUNDS: usize = 7;
 const KEYS: usize = 1_000;
@@ -144,6 +143,9 @@ enum Command<'a> {
     Page,
 }
 
+/// Which of the figures is that of pipelines.
+const PIPES: usize = 1;
+
 /// A contender's figures, a round each: time and CPU time, in ns.
 struct Row {
     name: &'static str,
@@ -174,17 +176,13 @@ impl Table {
         }
     }
 
-    fn print(&self) {
-        println!("\n{}", self.what);
+    fn print(&self, page: &mut Page) {
+        page.line("");
+        page.line(self.what);
         for row in &self.rows {
-            print!("  {:<34}", row.name);
-            for (own, first) in row.figures.iter().zip(&self.rows[0].figures) {
-                let ratios: Vec<f64> = own
-                    .iter()
-                    .zip(first)
-                    .map(|(own, first)| own / first)
-                    .collect();
-                print!(
+            let mut line = format!("  {:<30}", row.name);
+            for (own, ratios) in row.figures.iter().zip(self.ratios(row)) {
+                line += &format!(
                     "{:>8.2} us{:>7.2}x ({:.2}-{:.2})",
                     median(own) / 1e3,
                     median(&ratios),
@@ -192,8 +190,24 @@ impl Table {
                     extreme(&ratios, f64::max),
                 );
             }
-            println!();
+            page.line(line);
         }
+    }
+
+    /// The row's figures as multiples of the first row's, round by round.
+    fn ratios(&self, row: &Row) -> [Vec<f64>; 2] {
+        std::array::from_fn(|number| {
+            let first = self.rows[0].figures[number].iter();
+            let pairs = row.figures[number].iter().zip(first);
+            pairs.map(|(own, first)| own / first).collect()
+        })
+    }
+
+    /// Holds what the row costs in pipelines, as a multiple of the first row's, to a bar.
+    fn bar(&self, page: &mut Page, name: &str, bar: Bar) {
+        let row = self.rows.iter().find(|row| row.name == name).unwrap();
+        let what = format!("throughput in pipelines, of that of {name}");
+        page.bar(&what, median(&self.ratios(row)[PIPES]), bar, "x");
     }
 }
 
@@ -227,11 +241,6 @@ impl Bench {
         }
     }
 
-    fn version(&self) -> String {
-        let info: redis::InfoDict = self.sides[0].server.connect().run(&["INFO", "server"]);
-        info.get("redis_version").unwrap_or_default()
-    }
-
     /// Keys in a scattered order.
     fn some_keys(&mut self, count: usize) -> Vec<String> {
         self.turn += 1;
@@ -253,7 +262,7 @@ impl Bench {
         let (waits, pipes) = (self.some_keys(AWAITED), self.some_keys(PIPED));
         let now = self.now;
         for place in 0..table.rows.len() {
-            let side = &mut self.sides[usize::from(table.rows[place].name.starts_with("Lua"))];
+            let side = &mut self.sides[usize::from(table.rows[place].name == LUA)];
             let call = |side: &Side, key: &str| match place {
                 0 | 4 => side.call(&Command::Acquire(key, now)),
                 1 => pack(&["MPOOL.CEILING", key, &now.to_string()]),
@@ -328,19 +337,17 @@ fn lose_all<'a>(keys: &'a [String], accounts: &'a [String], now: i64) -> Vec<Com
     all
 }
 
-const BOTH: [&str; 2] = ["mpool", "Lua peer"];
+const LUA: &str = "Lua peer";
+const CEILING: &str = "ceiling: the same map alone";
+/// How the tables of an ACQUIRE that must choose begin.
+const CHOOSES: &str = "ACQUIRE that chooses";
+const BOTH: [&str; 2] = ["mpool", LUA];
 
 fn main() {
     let mut bench = Bench::new();
     let mut current = Table::new(
         "ACQUIRE of a current lease",
-        &[
-            "mpool",
-            "ceiling: the same map alone",
-            "HMGET of two fields",
-            "PING",
-            "Lua peer",
-        ],
+        &["mpool", CEILING, "HMGET of two fields", "PING", LUA],
     );
     let mut others = [
         (
@@ -384,22 +391,29 @@ fn main() {
             },
         ),
     ];
-    for _ in 0..ROUNDS {
+    for round in 1..=ROUNDS {
+        eprintln!("module: round {round} of {ROUNDS}");
         bench.current(&mut current);
         for (table, work) in &mut others {
             bench.laps(table, work);
         }
     }
-    println!(
-        "Redis {}, {KEYS} keys, {ACCOUNTS} accounts; {ROUNDS} rounds, medians (least-most of the ratios)",
-        bench.version()
-    );
-    println!(
-        "  {:<34}{:<34}pipelines of 32: CPU, ratio",
-        "", "   each awaited: time, ratio"
-    );
-    current.print();
+    let mut page = Page::new("Commands of the module", &[]);
+    page.line(format!(
+        "{KEYS} keys, {ACCOUNTS} accounts; medians of {ROUNDS} rounds (least-most of the ratios to mpool's)"
+    ));
+    page.line(format!(
+        "  {:<30}{:<34}pipelines of 32: server CPU",
+        "", "   each answer awaited: time"
+    ));
+    current.print(&mut page);
+    current.bar(&mut page, CEILING, Bar::AtLeast(0.9));
+    current.bar(&mut page, LUA, Bar::AtLeast(4.0));
     for (table, _) in &others {
-        table.print();
+        table.print(&mut page);
+        if table.what.starts_with(CHOOSES) {
+            table.bar(&mut page, LUA, Bar::AtLeast(3.0));
+        }
     }
+    page.save();
 }

@@ -1,10 +1,14 @@
-//! What the benchmarks of the module share: a client that sends pipelines, and
-//! figures' medians.
+//! What the benchmarks share: servers, a client that sends pipelines, figures'
+//! medians, and the page of results.
 #![allow(
     dead_code,
     unreachable_pub,
     reason = "each benchmark uses a part of it"
 )]
+
+pub mod page;
+#[path = "../../tests/support/mod.rs"]
+pub mod support;
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
