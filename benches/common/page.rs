@@ -12,8 +12,7 @@ const HEAD: &str = "\
 # Results of the benchmarks
 
 `make bench` writes this file, a part of it for each benchmark. Times and rates are this machine's;
-what counts are the ratios between things that were run side by side. [docs/performance.md](../docs/performance.md)
-says what they mean.
+what counts are the ratios between things that were run side by side.
 ";
 
 /// What a ratio is held to.
