@@ -109,11 +109,12 @@ fn lender(number: usize) -> String {
     format!("account-{:06}", number % LENDERS)
 }
 
+/// A record with the fields of MPOOL.KEYGEN's, as long as those.
 fn record(key: &str) -> Vec<u8> {
     let name = format!("client_keys:{key}");
     let words = ["HSET", &name, "tier", "medium", "use_pool", "true"];
-    let rest = ["active", "true", "expires_at", "99999999999999"];
-    pack(&[&words[..], &rest].concat())
+    let times = ["created_at", "1755266400000", "expires_at", "9999999999999"];
+    pack(&[&words[..], &times, &["active", "true"]].concat())
 }
 
 /// The writes that a lease comes down to.
