@@ -19,15 +19,14 @@
 
 mod common;
 
-use common::median;
 use common::page::{Bar, Page, output};
 use common::support::{Client, Options, Server, free_port, wait_for};
+use common::{median, setting};
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::str::FromStr;
 use tempfile::TempDir;
 
 /// What the upstream answers with, 100 bytes of it.
@@ -152,17 +151,6 @@ fn main() {
     }
     print_memory(&mut page, &targets);
     page.save();
-}
-
-/// What the environment says under `MPOOL_BENCH_…`.
-fn setting<T: FromStr>(name: &str, default: T) -> T {
-    let name = format!("MPOOL_BENCH_{name}");
-    match std::env::var(&name) {
-        Ok(text) => text
-            .parse()
-            .unwrap_or_else(|_| panic!("{name} is wrong: {text}")),
-        Err(_) => default,
-    }
 }
 
 impl Target {
@@ -330,17 +318,13 @@ fn print_table(page: &mut Page, targets: &[Target], samples: &[Vec<Figures>], co
             page.bar(&what, median(&ratios(number)), bar, "x");
         }
         if let Some(straight) = place("straight") {
-            let added = |place: usize| {
-                median(&column(&samples[place], P99)) - median(&column(&samples[straight], P99))
-            };
-            let own = median(&column(figures, P99)) - median(&column(&samples[straight], P99));
-            page.line(format!(
-                "  added p99: {own:.0} us, nginx's {:.0} us",
-                added(nginx)
-            ));
+            let p99 = |figures: &[Figures]| median(&column(figures, P99));
+            let added = |figures: &[Figures]| p99(figures) - p99(&samples[straight]);
+            let (own, nginxs) = (added(figures), added(&samples[nginx]));
+            page.line(format!("  added p99: {own:.0} us, nginx's {nginxs:.0} us"));
             // A proxy can be as quick as none in a noisy run; no ratio says anything then.
-            if added(nginx) > 0.0 {
-                page.bar("added p99 of nginx's", own / added(nginx), ADDED_P99, "x");
+            if nginxs > 0.0 {
+                page.bar("added p99 of nginx's", own / nginxs, ADDED_P99, "x");
             }
         }
     }

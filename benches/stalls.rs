@@ -16,7 +16,7 @@ mod common;
 
 use common::page::{Bar, Page};
 use common::support::{Options, Server, bearer, wait_for};
-use common::{Link, cpu_time, extreme, median, mix, pack};
+use common::{Link, cpu_time, extreme, median, mix, pack, setting};
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -91,14 +91,6 @@ fn stall_of(server: &Server, work: impl FnOnce()) -> Stall {
     let probe = Probe::start(server);
     work();
     probe.stop()
-}
-
-fn setting(name: &str, default: usize) -> usize {
-    let name = format!("MPOOL_BENCH_{name}");
-    std::env::var(&name).map_or(default, |text| {
-        text.parse()
-            .unwrap_or_else(|_| panic!("{name} is wrong: {text}"))
-    })
 }
 
 fn client_key(number: usize) -> String {
@@ -265,16 +257,9 @@ impl Bench {
                 .module(&["slots-per-account", &slots]);
             let replica = options.replica_of(primary).start();
             let mut client = replica.connect();
-            let mut ready = false;
-            for _ in 0..10 {
-                let info: redis::InfoDict = client.run(&["INFO", "replication"]);
-                ready = info.get::<String>("master_link_status").as_deref() == Some("up");
-                if ready {
-                    break;
-                }
-                sleep(Duration::from_secs(2));
-            }
-            assert!(ready, "the replica has not got its data");
+            wait_for("the replica to have its data", || {
+                (client.info("replication", "master_link_status") == "up").then_some(())
+            });
             let now = self.keys.to_string();
             stall_of(&replica, || {
                 client.ok(&["REPLICAOF", "NO", "ONE"]);

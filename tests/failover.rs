@@ -221,14 +221,15 @@ fn role(server: &Server) -> Option<String> {
 /// Whether it has been told to follow that one, and does, by the word of both:
 /// a primary hands over to none whose acknowledgement it still awaits.
 fn follows(server: &Server, primary: &Server) -> Option<()> {
-    let host = info(server, "master_host")? == primary.host();
-    let port = info(server, "master_port")? == primary.port.to_string();
-    let up = info(server, "master_link_status")? == "up";
-    let replicas = replication(primary)?;
-    let own = format!("port={},state=online", server.port);
+    let (own, replicas) = (replication(server)?, replication(primary)?);
+    let of = |name: &str| own.get::<String>(name);
+    let host = of("master_host")? == primary.host();
+    let port = of("master_port")? == primary.port.to_string();
+    let up = of("master_link_status")? == "up";
+    let as_online = format!("port={},state=online", server.port);
     let online = (0..2).any(|number| {
         let line: Option<String> = replicas.get(&format!("slave{number}"));
-        line.is_some_and(|line| line.contains(&own))
+        line.is_some_and(|line| line.contains(&as_online))
     });
     (host && port && up && online).then_some(())
 }

@@ -13,6 +13,7 @@ pub mod support;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
+use std::str::FromStr;
 use std::time::Instant;
 
 /// Calls that are sent before their answers are read.
@@ -36,6 +37,17 @@ pub fn mix(number: u64) -> u64 {
     mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     mixed ^ (mixed >> 31)
+}
+
+/// What the environment says under `MPOOL_BENCH_…`.
+pub fn setting<T: FromStr>(name: &str, default: T) -> T {
+    let name = format!("MPOOL_BENCH_{name}");
+    match std::env::var(&name) {
+        Ok(text) => text
+            .parse()
+            .unwrap_or_else(|_| panic!("{name} is wrong: {text}")),
+        Err(_) => default,
+    }
 }
 
 pub fn pack(words: &[&str]) -> Vec<u8> {

@@ -441,10 +441,10 @@ impl<S: Transport> ClientIo<S> {
 
     /// Reads what the refused client still sends, within bounds.
     fn poll_linger(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let mut scrap = [0; 4096];
         let Some(Refusal::Lingering(seen, until)) = self.refusal.as_deref_mut() else {
             return Poll::Ready(());
         };
+        let mut scrap = [0; 4096];
         loop {
             let mut buffer = ReadBuf::new(&mut scrap);
             match Pin::new(&mut self.inner).poll_read(cx, &mut buffer) {

@@ -84,12 +84,9 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) -> bool {
     takes_trailers
 }
 
-/// Whether it is one of [`HOP_BY_HOP`]: told by the text, as most names are of other lengths.
+/// Told by the text, as most names are of other lengths.
 fn is_hop_by_hop(name: &HeaderName) -> bool {
-    matches!(
-        name.as_str(),
-        "connection" | "proxy-connection" | "keep-alive" | "te" | "transfer-encoding" | "upgrade"
-    )
+    HOP_BY_HOP.iter().any(|own| own.as_str() == name.as_str())
 }
 
 fn is_keep_alive(headers: &HeaderMap) -> bool {

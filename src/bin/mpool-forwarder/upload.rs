@@ -264,10 +264,9 @@ impl Upload {
     /// The body for one more try, from its beginning. Nothing when it is no
     /// longer in hand.
     pub fn body(&self) -> Option<UploadBody> {
-        let Some(shared) = &self.source else {
+        let (Some(shared), Some(mut source)) = (&self.source, self.lock()) else {
             return Some(UploadBody(None));
         };
-        let mut source = shared.lock().unwrap_or_else(PoisonError::into_inner);
         if source.attempt > 0 && source.kept.is_none() {
             return None;
         }
