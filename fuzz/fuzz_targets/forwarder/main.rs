@@ -297,7 +297,7 @@ fn check(behaviour: Behaviour, bytes: &[u8], seen: &[Message], answered: &[u8]) 
         };
         next = place + 1;
     }
-    check_answers(behaviour, &sent, seen, answered);
+    check_answers(behaviour, (bytes, &sent), seen, answered);
 }
 
 /// The requests that the client's bytes are.
@@ -425,19 +425,27 @@ fn cookies(message: &Message) -> Option<Vec<u8>> {
 }
 
 /// The answers are whole, in the order of the requests, and each one's own.
-fn check_answers(behaviour: Behaviour, sent: &[Message], seen: &[Message], mut answered: &[u8]) {
+fn check_answers(
+    behaviour: Behaviour,
+    (bytes, sent): (&[u8], &[Message]),
+    seen: &[Message],
+    mut answered: &[u8],
+) {
     let mut place = 0;
     while !answered.is_empty() {
-        let method = sent.get(place).map_or(&b"GET"[..], |sent| &sent.method);
-        // What was no HTTP is refused without a look at its method.
-        let method = match http1::response(answered, b"GET", true) {
-            Parsed::Whole(answer, length)
-                if length == answered.len()
-                    && answer.values("x-mpool-error").eq([&b"BAD_REQUEST"[..]]) =>
-            {
-                b"GET"
+        let is_refusal = |method| match http1::response(answered, method, true) {
+            Parsed::Whole(answer, length) => {
+                length == answered.len() && answer.values("x-mpool-error").eq([&b"BAD_REQUEST"[..]])
             }
-            _ => method,
+            _ => false,
+        };
+        // What was no HTTP is refused without a look at its method, unless that
+        // shows only in the body.
+        let method = match sent.get(place) {
+            _ if is_refusal(b"GET") => b"GET",
+            Some(sent) => &sent.method[..],
+            None if holds(bytes, b"HEAD ") && is_refusal(b"HEAD") => b"HEAD",
+            None => b"GET",
         };
         let (answer, length) = match http1::response(answered, method, true) {
             Parsed::Whole(answer, length) => (answer, length),
