@@ -79,9 +79,17 @@ fn record(rng: &mut SmallRng, length: usize) -> Vec<Step> {
                 vec!["MPOOL.RELOAD"]
             }
         };
-        steps.push(Step::Command(
-            words.into_iter().map(str::to_owned).collect(),
-        ));
+        let by_hand = !words[0].starts_with("MPOOL.");
+        let mut push = |words: &[&str]| {
+            let words = words.iter().map(|word| (*word).to_owned());
+            steps.push(Step::Command(words.collect()));
+        };
+        push(&words);
+        if by_hand {
+            // Puts right what follows from it. Else the watcher might do so before
+            // the next change by hand, or might not.
+            push(&["MPOOL.RELEASE", "nobody", &at]);
+        }
     }
     steps
 }
