@@ -5,6 +5,7 @@
 mod proxy;
 mod support;
 
+use proxy::http2::frame;
 use proxy::{Answer, Client, Forwarder, Stage, Upstream, chunked, request};
 use std::cell::Cell;
 use std::time::{Duration, Instant, SystemTime};
@@ -1233,16 +1234,6 @@ fn chunks_that_are_oddly_but_rightly_written_pass_as_data() {
     assert_eq!(requests[0].body, b"hi");
     assert_eq!(requests[0].head.values("content_length"), ["500"]);
     smuggler.end();
-}
-
-/// A frame of HTTP/2: type, flags, stream, payload.
-fn frame(kind: u8, flags: u8, stream: u8, payload: &[u8]) -> Vec<u8> {
-    let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
-    let mut frame = vec![
-        length[1], length[2], length[3], kind, flags, 0, 0, 0, stream,
-    ];
-    frame.extend_from_slice(payload);
-    frame
 }
 
 /// A header field as HPACK's plainest form, which takes any bytes.

@@ -576,3 +576,13 @@ impl Http2Exchange {
         closed.ok().map(|()| Instant::now())
     }
 }
+
+/// A frame of HTTP/2: type, flags, stream, payload.
+pub fn frame(kind: u8, flags: u8, stream: u8, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+    let mut frame = vec![
+        length[1], length[2], length[3], kind, flags, 0, 0, 0, stream,
+    ];
+    frame.extend_from_slice(payload);
+    frame
+}

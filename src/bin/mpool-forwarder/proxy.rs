@@ -323,9 +323,9 @@ impl Proxy {
                     self.metrics.upstream_error(&account.name, error.name());
                     let failed = self.connection_failed(order, &grant, error);
                     let cooled = Box::pin(failed).await;
-                    // Only what was not sent, or may be sent twice (RFC 9110 section 9.2.2).
+                    // Only what had no effect, or may be sent twice (RFC 9110 section 9.2.2).
                     let may_repeat = match error {
-                        SendError::Connect => true,
+                        SendError::Connect | SendError::Unprocessed => true,
                         SendError::Broke => order.method.is_idempotent(),
                         _ => false,
                     };

@@ -19,6 +19,7 @@ use hyper::{Request, Response, Uri};
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder, MaybeHttpsStream};
 use hyper_util::client::legacy::connect::{Connection, HttpConnector};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use std::error::Error;
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -63,6 +64,8 @@ pub enum SendError {
     Garbage,
     /// The connection had been closed before anything was sent.
     Unsent,
+    /// Sent over HTTP/2, but the upstream says that it has done nothing with it.
+    Unprocessed,
     /// The request's target can't be asked for there.
     Target,
     /// The client's body could not be passed on.
@@ -78,6 +81,7 @@ impl SendError {
             Self::Timeout => "timeout",
             Self::Garbage => "not-http",
             Self::Unsent => "unsent",
+            Self::Unprocessed => "unprocessed",
             Self::Target => "target",
             Self::Upload(_) => "upload",
         }
@@ -363,9 +367,22 @@ fn classify(error: &hyper::Error, upload: &Upload) -> SendError {
     }
     if error.is_parse() {
         SendError::Garbage
+    } else if is_unprocessed(error) {
+        SendError::Unprocessed
     } else {
         SendError::Broke
     }
+}
+
+/// Whether the stream was refused, or came after the last one that a server takes
+/// which closes its connection (RFC 9113 section 8.7): servers do that to every
+/// connection in time.
+fn is_unprocessed(error: &hyper::Error) -> bool {
+    let error = error.source().and_then(|source| source.downcast_ref());
+    error.is_some_and(|error: &h2::Error| {
+        let refused = error.reason() == Some(h2::Reason::REFUSED_STREAM);
+        error.is_remote() && (error.is_go_away() || refused)
+    })
 }
 
 /// The answer's body. Its connection is free for the next request at its end.
