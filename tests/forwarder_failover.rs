@@ -6,11 +6,9 @@
 mod proxy;
 mod support;
 
-use proxy::http2::frame;
+use proxy::http2::{frame, upstream_of_frames};
 use proxy::{Answer, Client, Exchange, Forwarder, Stage, Upstream, chunked, request};
 use std::collections::{HashMap, HashSet};
-use std::io::{self, Read, Write};
-use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier, Mutex};
 use std::time::{Duration, Instant, SystemTime};
@@ -1081,48 +1079,6 @@ fn a_connection_that_was_closed_while_idle_is_nobodys_fault() {
     assert_eq!(calls(&stage.server, "mpool.cooldown"), 0);
 }
 
-/// An upstream that speaks HTTP/2 and meets its first request with this frame,
-/// all others with 200. It keeps what each request had for a body.
-fn meeting_the_first_with(frame_of_it: Vec<u8>) -> (String, Arc<Mutex<Vec<Vec<u8>>>>) {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let url = format!("http://{}", listener.local_addr().unwrap());
-    let bodies = Arc::new(Mutex::new(Vec::new()));
-    let seen = Arc::clone(&bodies);
-    std::thread::spawn(move || {
-        for stream in listener.incoming() {
-            let (seen, first) = (Arc::clone(&seen), frame_of_it.clone());
-            std::thread::spawn(move || speak(stream.unwrap(), &seen, &first));
-        }
-    });
-    (url, bodies)
-}
-
-fn speak(mut stream: TcpStream, seen: &Mutex<Vec<Vec<u8>>>, first: &[u8]) -> io::Result<()> {
-    const PREFACE: usize = 24;
-    stream.read_exact(&mut [0; PREFACE])?;
-    stream.write_all(&frame(4, 0, 0, b""))?;
-    let mut body = Vec::new();
-    loop {
-        let mut head = [0; 9];
-        stream.read_exact(&mut head)?;
-        let [high, middle, low, kind, flags, .., number] = head;
-        let mut payload = vec![0; u32::from_be_bytes([0, high, middle, low]) as usize];
-        stream.read_exact(&mut payload)?;
-        match kind {
-            0 => body.extend(payload),
-            // SETTINGS are to be acknowledged.
-            4 if flags == 0 => stream.write_all(&frame(4, 1, 0, b""))?,
-            _ => {}
-        }
-        if kind <= 1 && flags & 1 == 1 {
-            let mut seen = seen.lock().unwrap();
-            seen.push(std::mem::take(&mut body));
-            let ok = frame(1, 5, number, &[0x88]);
-            stream.write_all(if seen.len() == 1 { first } else { &ok })?;
-        }
-    }
-}
-
 #[test]
 fn a_request_that_an_http2_upstream_did_nothing_with_is_sent_again() {
     let reset = |reason: u32| frame(3, 0, 1, &reason.to_be_bytes());
@@ -1134,7 +1090,16 @@ fn a_request_that_an_http2_upstream_did_nothing_with_is_sent_again() {
         // It may have done something.
         ("INTERNAL_ERROR", reset(2), 1),
     ] {
-        let (url, bodies) = meeting_the_first_with(first);
+        let bodies = Arc::new(Mutex::new(Vec::new()));
+        let seen = Arc::clone(&bodies);
+        let url = upstream_of_frames(move |stream, body| {
+            let mut seen = seen.lock().unwrap();
+            seen.push(body);
+            match seen.len() {
+                1 => first.clone(),
+                _ => frame(1, 5, stream, &[0x88]),
+            }
+        });
         let stage = Stage::with(url, &["--upstream-protocol", "http2"]);
         let answer = stage
             .client()

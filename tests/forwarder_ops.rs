@@ -5,6 +5,7 @@
 mod proxy;
 mod support;
 
+use proxy::http2::{frame, upstream_of_frames};
 use proxy::tls::{Authority, TlsUpstream};
 use proxy::{Answer, Client, Forwarder, Stage, Target, Upstream};
 use proxy::{Setup, chunked, request};
@@ -700,6 +701,50 @@ fn every_request_has_a_line() {
         line,
         format!("GET /hangs 499 in=0 out=0 ttfb=N total=N {mine} end=client-gone")
     );
+}
+
+#[test]
+fn an_answer_that_came_whole_is_not_said_to_have_broken_off() {
+    // The last piece says that it is the last one, and no length told before.
+    let frames = upstream_of_frames(|stream, _| {
+        let begin = frame(1, 4, stream, &[0x88]);
+        let (first, last) = (frame(0, 0, stream, b"o"), frame(0, 1, stream, b"k"));
+        [begin, first, last].concat()
+    });
+    let frames = Stage::with(frames, &["--upstream-protocol", "http2"]);
+    let trailers = Upstream::start(|mut exchange| {
+        exchange.send("HTTP/1.1 200 OK\r\nTrailer: X-Sum\r\nTransfer-Encoding: chunked\r\n\r\n");
+        exchange.chunk("ok");
+        exchange.end_with_trailers(&["X-Sum: 1"]);
+    });
+    let trailers = Stage::with(trailers, &["--threads", "1"]);
+    for (forwarder, key, what) in [
+        (&frames.forwarder, &frames.key, "frames"),
+        (&trailers.forwarder, &trailers.key, "trailers"),
+    ] {
+        let line = |target: &str, work: &dyn Fn()| {
+            work();
+            let lines = forwarder.wait_for_lines(&format!("GET {target} "), 1);
+            assert!(lines[0].contains(" 200 in=0 out=2 "), "{what}: {lines:?}");
+            assert!(!lines[0].contains("end="), "{what}: {lines:?}");
+        };
+        for takes in ["trailers", "gzip"] {
+            let headers = [("te", takes)];
+            line(&format!("/one/{takes}"), &|| {
+                let mut client = forwarder.client();
+                let target = format!("/one/{takes}");
+                let answer = client.round("GET", &target, key, &headers, b"");
+                assert_eq!(answer.text(), "ok", "{what}");
+            });
+        }
+        line("/two", &|| {
+            let body = forwarder.http2().get("/two", key).body();
+            assert_eq!(body, b"ok", "{what}");
+        });
+        let broken = forwarder.metric("mpool_requests_broken_total{end=\"client-gone\"}");
+        assert_eq!(broken, None, "{what}");
+    }
+    assert_eq!(trailers.upstream.connections(), 1, "it is used again");
 }
 
 #[test]

@@ -10,8 +10,8 @@ use hyper::body::Incoming;
 use hyper::client::conn::http2::SendRequest;
 use hyper::http::{HeaderMap, Request, Response, request, response};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use std::io;
-use std::net::TcpListener;
+use std::io::{self, Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::pin::Pin;
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex};
@@ -585,4 +585,49 @@ pub fn frame(kind: u8, flags: u8, stream: u8, payload: &[u8]) -> Vec<u8> {
     ];
     frame.extend_from_slice(payload);
     frame
+}
+
+/// An upstream that speaks HTTP/2 frame by frame, for ways of answering that a
+/// library does not have. To each request, given its stream and body, it sends
+/// the frames that it is told to. It answers its URL.
+pub fn upstream_of_frames(
+    answer: impl Fn(u8, Vec<u8>) -> Vec<u8> + Send + Sync + 'static,
+) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let answer = Arc::new(answer);
+    std::thread::spawn(move || {
+        for stream in listener.incoming().map_while(Result::ok) {
+            let answer = Arc::clone(&answer);
+            std::thread::spawn(move || speak(stream, &*answer));
+        }
+    });
+    url
+}
+
+/// Until the other side ends the connection.
+fn speak(mut stream: TcpStream, answer: &impl Fn(u8, Vec<u8>) -> Vec<u8>) -> io::Result<()> {
+    const PREFACE: usize = 24;
+    stream.read_exact(&mut [0; PREFACE])?;
+    stream.write_all(&frame(4, 0, 0, b""))?;
+    let mut body = Vec::new();
+    loop {
+        let mut head = [0; 9];
+        stream.read_exact(&mut head)?;
+        let [high, middle, low, kind, flags, .., number] = head;
+        let mut payload = vec![0; u32::from_be_bytes([0, high, middle, low]) as usize];
+        stream.read_exact(&mut payload)?;
+        match kind {
+            0 => body.extend(payload),
+            // SETTINGS and PING are to be acknowledged.
+            4 | 6 if flags == 0 => {
+                let echo = if kind == 6 { &payload[..] } else { b"" };
+                stream.write_all(&frame(kind, 1, 0, echo))?;
+            }
+            _ => {}
+        }
+        if kind <= 1 && flags & 1 == 1 {
+            stream.write_all(&answer(number, std::mem::take(&mut body)))?;
+        }
+    }
 }

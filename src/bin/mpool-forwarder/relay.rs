@@ -229,10 +229,10 @@ impl Body for Relay {
                 if let Some(data) = frame.data_ref() {
                     this.report.sent(data.len());
                     this.left = this.left.map(|left| left.saturating_sub(data.len() as u64));
-                    // The server stops asking as soon as it has all that was announced.
-                    if this.left == Some(0) {
-                        this.report.ended(End::Whole);
-                    }
+                }
+                // The server stops asking as soon as it knows that it has all.
+                if this.left == Some(0) || frame.is_trailers() || this.is_end_stream() {
+                    this.report.ended(End::Whole);
                 }
                 Poll::Ready(Some(Ok(frame)))
             }

@@ -436,7 +436,7 @@ impl Body for Download {
         let polled = Pin::new(&mut this.body).poll_frame(cx);
         let over = match &polled {
             Poll::Ready(None) => true,
-            Poll::Ready(Some(Ok(_))) => this.body.is_end_stream(),
+            Poll::Ready(Some(Ok(frame))) => frame.is_trailers() || this.body.is_end_stream(),
             _ => false,
         };
         if over {
