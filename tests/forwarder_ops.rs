@@ -279,8 +279,13 @@ fn a_mistake_ends_it_before_anything_is_bound() {
 #[test]
 fn a_secret_in_the_wrong_place_is_not_repeated() {
     let url = format!("redis://:{SECRET}@127.0.0.1");
-    let table: [&[&str]; 4] = [
+    let table: [&[&str]; 9] = [
         &["--upstream", "http://h", &url],
+        &["--upstream", "http://h", "--admin", &url],
+        &["--upstream", "http://h", "--threads", &url],
+        &["--upstream", "http://h", "--max-connections", &url],
+        &["--upstream", "http://h", "--max-body", &url],
+        &["--upstream", "http://h", "--log", &url],
         &["--upstream", "http://h", "--listen", &url],
         &["--upstream", &url],
         &["--upstream", "http://h", "--redis-timeout", &url],

@@ -181,7 +181,8 @@ struct Flags {
         long,
         env = "MPOOL_MAX_HEADER_BYTES",
         default_value = "64KiB",
-        value_name = "SIZE"
+        value_name = "SIZE",
+        value_parser = bytes
     )]
     max_header_bytes: ByteSize,
     /// Longest body of a request
@@ -189,7 +190,8 @@ struct Flags {
         long,
         env = "MPOOL_MAX_BODY",
         default_value = "1GiB",
-        value_name = "SIZE"
+        value_name = "SIZE",
+        value_parser = bytes
     )]
     max_body: ByteSize,
     /// How much of a request's body is kept, so that it can be sent again on another account
@@ -197,7 +199,8 @@ struct Flags {
         long,
         env = "MPOOL_REPLAY_BODY",
         default_value = "8MiB",
-        value_name = "SIZE"
+        value_name = "SIZE",
+        value_parser = bytes
     )]
     replay_body: ByteSize,
     /// How much of all bodies together is kept
@@ -205,7 +208,8 @@ struct Flags {
         long,
         env = "MPOOL_REPLAY_MEMORY",
         default_value = "256MiB",
-        value_name = "SIZE"
+        value_name = "SIZE",
+        value_parser = bytes
     )]
     replay_memory: ByteSize,
 
@@ -453,6 +457,11 @@ fn duration(text: &str) -> Result<Duration, String> {
         .and_then(|duration| Duration::try_from(duration).ok())
         .filter(|duration| *duration <= LONGEST)
         .ok_or_else(|| "a duration such as 500ms, 10s or 2m, of a week at most".into())
+}
+
+/// What the library has to say repeats the value.
+fn bytes(text: &str) -> Result<ByteSize, &'static str> {
+    text.parse().map_err(|_| "a size such as 64KiB or 8MiB")
 }
 
 fn size(name: &str, value: ByteSize, least: u64, most: u64) -> Result<usize, String> {
