@@ -1032,6 +1032,7 @@ fn requests_over_the_limit_are_told_on_one_connection_too() {
     let mut answer = begin().answer();
     assert_eq!(answer.status(), 503);
     assert_eq!(answer.header("x-mpool-error"), Some("CONNECTIONS"));
+    assert_eq!(answer.header("retry-after"), Some("1"));
     answer.body();
     first.1.ok();
     assert_eq!(first.0.answer().body(), b"ok");

@@ -68,7 +68,8 @@ impl From<Code> for Own {
     fn from(code: Code) -> Self {
         Self {
             code,
-            retry_after: None,
+            // What is short of something now may have it in a moment.
+            retry_after: (code.status() == 503).then_some(1),
         }
     }
 }
