@@ -1134,6 +1134,26 @@ fn the_admin_listener_says_how_it_is() {
 }
 
 #[test]
+fn admin_clients_that_stay_keep_nobody_out_for_long() {
+    let stage = Stage::new(Upstream::ok());
+    let connect = || TcpStream::connect(("127.0.0.1", stage.forwarder.admin)).unwrap();
+    let ask = |mut stream: &TcpStream| {
+        // It may have been closed.
+        let _ = stream.write(b"GET /healthz HTTP/1.1\r\nHost: admin\r\n\r\n");
+    };
+    let staying: Vec<TcpStream> = (0..64).map(|_| connect()).collect();
+    staying.iter().for_each(ask);
+    let late = connect();
+    ask(&late);
+    late.set_nonblocking(true).unwrap();
+    wait_for("an answer for one more", || {
+        staying.iter().for_each(ask);
+        std::thread::sleep(Duration::from_millis(200));
+        (late.peek(&mut [0]).ok() == Some(1)).then_some(())
+    });
+}
+
+#[test]
 fn readiness_follows_redis() {
     let mut server = Options::default().accounts(&["one"]).start();
     let upstream = Upstream::ok();

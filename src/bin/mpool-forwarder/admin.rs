@@ -12,16 +12,21 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use std::convert::Infallible;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
+use tokio::time::timeout;
 
 const TEXT: &str = "text/plain; charset=utf-8";
 const METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 /// Connections at once.
 const MAX_CONNECTIONS: usize = 64;
+/// How long a connection takes requests, and how long it has for the last one:
+/// clients that stay or read nothing are not to keep others out.
+const SPAN: Duration = Duration::from_secs(5);
 
 /// What the side door shows.
 pub struct Admin {
@@ -80,9 +85,12 @@ impl Admin {
                     async move { Ok::<_, Infallible>(admin.page(&request).await) }
                 });
                 let mut http = http1::Builder::new();
-                http.timer(TokioTimer::new())
-                    .header_read_timeout(Duration::from_secs(10));
-                let _ = http.serve_connection(TokioIo::new(stream), service).await;
+                http.timer(TokioTimer::new()).header_read_timeout(SPAN);
+                let mut serving = pin!(http.serve_connection(TokioIo::new(stream), service));
+                if timeout(SPAN, serving.as_mut()).await.is_err() {
+                    serving.as_mut().graceful_shutdown();
+                    let _ = timeout(SPAN, serving).await;
+                }
                 drop(place);
             });
         }
