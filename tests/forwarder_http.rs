@@ -1038,6 +1038,7 @@ fn a_body_that_the_upstream_does_not_want_is_not_called_for() {
         assert_eq!(answer.before, [""; 0], "{status}: no 100");
         assert_eq!(answer.text(), "no");
         assert!(!stage.upstream.requests().pop().unwrap().whole, "{status}");
+        assert_eq!(answer.head.value("connection"), Some("close"), "{status}");
     }
 }
 
@@ -1080,6 +1081,7 @@ fn a_client_whose_key_is_refused_is_not_asked_for_its_body() {
     let answer = client.answer();
     assert_eq!((answer.status(), answer.code()), (401, Some("NOKEY")));
     assert_eq!(answer.before, [""; 0]);
+    assert_eq!(answer.head.value("connection"), Some("close"));
     assert_eq!(stage.upstream.count(), 0);
 }
 

@@ -99,7 +99,7 @@ impl Proxy {
         let plain = headers::framing_is_plain(&parts.headers);
         // RFC 9112 section 6.1: where a length came with a coding, nothing that
         // follows on the connection is to be trusted.
-        let last = !plain || may_have_length && parts.headers.contains_key(TRANSFER_ENCODING);
+        let mut last = !plain || may_have_length && parts.headers.contains_key(TRANSFER_ENCODING);
         let admitted = if self.metrics.in_flight.get() > self.most_in_flight() {
             // One connection of HTTP/2 may carry many.
             Err(Code::Connections.into())
@@ -115,8 +115,11 @@ impl Proxy {
             }
 
             Err(own) => {
-                // A client that waits for leave to send its body will not send it.
-                if !parts.headers.contains_key(EXPECT) {
+                // A client that waits for leave to send its body will not send it,
+                // nor can it be told whether it does.
+                if parts.headers.contains_key(EXPECT) {
+                    last |= !over_http2 && !body.is_end_stream();
+                } else {
                     upload::discard(body, Some(exchange.hold()));
                 }
                 answer(own, report, active, turn())
@@ -232,10 +235,18 @@ impl Proxy {
         order.extensions.remove::<hyper::upgrade::OnUpgrade>();
         report.upload(&order.upload);
         let turn = || order.over_http2.then(|| Turn::begin(exchange));
-        match self.exchange(&order, grant, &mut report).await {
+        let outcome = self.exchange(&order, grant, &mut report).await;
+        let withheld = order.expects_continue && order.upload.is_withheld();
+        let mut response = match outcome {
             Ok(response) => self.relay(response, &order, report, active, turn()),
             Err(own) => answer(own, report, active, turn()),
+        };
+        if withheld && !order.over_http2 {
+            // As the body may come or not, the connection ends here.
+            let close = HeaderValue::from_static("close");
+            response.headers_mut().insert(CONNECTION, close);
         }
+        response
     }
 
     fn relay(

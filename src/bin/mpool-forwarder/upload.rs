@@ -301,6 +301,11 @@ impl Upload {
         }
     }
 
+    /// Whether no byte may go up still.
+    pub fn is_withheld(&self) -> bool {
+        self.lock().is_some_and(|source| source.gate.is_some())
+    }
+
     /// The upstream wants the body.
     pub fn let_go(&self) {
         if let Some(mut source) = self.lock() {
