@@ -428,7 +428,7 @@ fn an_upstream_that_can_not_be_reached_is_told() {
 
 #[test]
 fn an_upstream_that_answers_nothing_of_use_is_told() {
-    let answers: [&[u8]; 13] = [
+    let answers: [&[u8]; 15] = [
         b"",
         b"garbage\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nContent-",
@@ -440,6 +440,8 @@ fn an_upstream_that_answers_nothing_of_use_is_told() {
         b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\nok",
         b"HTTP/1.1 200 OK\r\nX-Nul: a\0b\r\nContent-Length: 2\r\n\r\nok",
         b"HTTP/1.1 200 OK\r\nBad Name: x\r\nContent-Length: 2\r\n\r\nok",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\nok",
         b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: other\r\nConnection: Upgrade\r\n\r\n",
         b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03 this is TLS",
     ];

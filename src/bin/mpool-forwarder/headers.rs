@@ -151,7 +151,7 @@ pub fn strip_trailers(trailers: &mut HeaderMap) {
     }
 }
 
-/// Whether a request's framing is one that everybody reads the same way: no
+/// Whether a message's framing is one that everybody reads the same way: no
 /// transfer coding, or `chunked` alone, and one length.
 pub fn framing_is_plain(headers: &HeaderMap) -> bool {
     let mut codings = headers.get_all(TRANSFER_ENCODING).iter();

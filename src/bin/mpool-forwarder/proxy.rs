@@ -286,8 +286,11 @@ impl Proxy {
             let account = Arc::clone(&grant.lease.account);
             let sent_at = self.now();
             match self.send(order, &grant).await {
-                // No upgrade was asked for.
-                Ok(response) if response.status() == StatusCode::SWITCHING_PROTOCOLS => {
+                // No upgrade was asked for, nor a coding that would be lost on the way.
+                Ok(response)
+                    if response.status() == StatusCode::SWITCHING_PROTOCOLS
+                        || !headers::framing_is_plain(response.headers()) =>
+                {
                     return Err(Code::Upstream.into());
                 }
                 Ok(response)
