@@ -982,6 +982,30 @@ fn trailers_pass_in_both_directions() {
     }
 }
 
+#[test]
+fn trailers_of_an_answer_bring_no_headers_in() {
+    let stage = Stage::new(Upstream::answering(
+        "HTTP/1.1 200 OK\r\nTrailer: X-Sum, X-Named, X-Mpool-Error, Connection, Keep-Alive\r\n\
+         Transfer-Encoding: chunked\r\n\r\n4\r\nback\r\n0\r\nX-Sum: 1\r\nX-Named: 1\r\n\
+         X-Mpool-Error: NOKEY\r\nConnection: x-named\r\nKeep-Alive: timeout=5\r\n\r\n",
+    ));
+    let expected = [("x-sum".to_owned(), "1".to_owned())];
+    let headers = [("TE", "trailers")];
+    let answer = stage.client().round("GET", "/", &stage.key, &headers, b"");
+    assert_eq!(answer.text(), "back");
+    let [(name, value)] = &answer.trailers[..] else {
+        panic!("{:?}", answer.trailers);
+    };
+    assert_eq!(
+        (name.to_ascii_lowercase(), value),
+        (expected[0].0.clone(), &expected[0].1)
+    );
+    let mut client = stage.forwarder.http2();
+    let mut answer = client.get("/", &stage.key);
+    assert_eq!(answer.body(), b"back");
+    assert_eq!(answer.trailers()[..], expected);
+}
+
 // Expect: 100-continue
 
 const EXPECTING: [(&str, &str); 2] = [("Expect", "100-continue"), ("Content-Length", "5")];

@@ -1,7 +1,9 @@
 //! The answer's body on its way down: passed on frame by frame, with an eye on
 //! silence and on how it ended. Dropping it drops the upstream's stream.
 
+use crate::answers::CODE_HEADER;
 use crate::client_io::{Active, Turn};
+use crate::headers;
 use crate::patience::Patience;
 use crate::report::{End, Report};
 use crate::upstream::Download;
@@ -224,8 +226,12 @@ impl Body for Relay {
     ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
         let this = self.get_mut();
         match this.live.poll_frame(cx) {
-            Poll::Ready(Some(Ok(frame))) => {
+            Poll::Ready(Some(Ok(mut frame))) => {
                 this.last = Instant::now();
+                if let Some(trailers) = frame.trailers_mut() {
+                    headers::strip_trailers(trailers);
+                    trailers.remove(CODE_HEADER);
+                }
                 if let Some(data) = frame.data_ref() {
                     this.report.sent(data.len());
                     this.left = this.left.map(|left| left.saturating_sub(data.len() as u64));
