@@ -29,6 +29,30 @@ pub fn extreme(figures: &[f64], pick: fn(f64, f64) -> f64) -> f64 {
     figures.iter().copied().reduce(pick).unwrap_or_default()
 }
 
+/// The median, with the least and the most.
+pub fn spread(figures: &[f64]) -> String {
+    format!("{} {}", short(median(figures)), range(figures))
+}
+
+/// The least and the most.
+pub fn range(figures: &[f64]) -> String {
+    let (least, most) = (extreme(figures, f64::min), extreme(figures, f64::max));
+    format!("({}-{})", short(least), short(most))
+}
+
+/// Three digits that count.
+pub fn short(figure: f64) -> String {
+    let digits = figure.abs().max(1e-9).log10().floor();
+    let decimals = (2.0 - digits).clamp(0.0, 2.0) as usize;
+    format!("{figure:.decimals$}")
+}
+
+/// Two lists' figures put together, pair by pair: one round's with the same round's.
+pub fn pairs(one: &[f64], other: &[f64], put: fn(f64, f64) -> f64) -> Vec<f64> {
+    let both = one.iter().zip(other);
+    both.map(|(one, other)| put(*one, *other)).collect()
+}
+
 /// Numbers that look scattered, the same in each run (splitmix64's finish).
 pub fn mix(number: u64) -> u64 {
     let mut mixed = number

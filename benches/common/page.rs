@@ -1,12 +1,15 @@
 //! What a benchmark prints, and its part of `benches/RESULTS.md`.
 //!
 //! Each part says when and on what it was measured, as parts may be run again
-//! one by one. Nothing is kept unless `MPOOL_BENCH_RESULTS` names the file.
+//! one by one. Nothing is kept unless `MPOOL_BENCH_RESULTS` names the file; then
+//! the tables are there alone, and what is printed fits one page.
 
 use std::fmt::Write;
 use std::path::Path;
 use std::process::Command;
 use std::{env, fs};
+
+const RESULTS: &str = "MPOOL_BENCH_RESULTS";
 
 const HEAD: &str = "\
 # Results of the benchmarks
@@ -22,10 +25,23 @@ pub enum Bar {
     AtMost(f64),
 }
 
-/// The lines of one benchmark.
+impl Bar {
+    pub fn judge(self, figure: f64, unit: &str) -> String {
+        let (word, limit, reached) = match self {
+            Self::AtLeast(limit) => ("at least", limit, figure >= limit),
+            Self::AtMost(limit) => ("at most", limit, figure <= limit),
+        };
+        let verdict = if reached { "reached" } else { "MISSED" };
+        format!("{figure:.2}{unit} ({word} {limit}{unit}: {verdict})")
+    }
+}
+
+/// The lines of one benchmark: what is printed, and the tables behind it.
 pub struct Page {
     name: &'static str,
     text: String,
+    /// Tables are in a file; otherwise they are printed as well.
+    is_kept: bool,
 }
 
 impl Page {
@@ -34,34 +50,39 @@ impl Page {
         let mut page = Self {
             name,
             text: String::new(),
+            is_kept: env::var_os(RESULTS).is_some(),
         };
+        println!("\n{name}");
         let mut all = vec![redis_version(), output("rustc", &["--version"])];
         all.extend_from_slice(versions);
-        page.line(format!("{}; {}", output("date", &["-u", "+%F"]), machine()));
-        page.line(all.join(", "));
+        page.table(format!("{}; {}", output("date", &["-u", "+%F"]), machine()));
+        page.table(all.join(", "));
         page
     }
 
+    /// A line of the page.
     pub fn line(&mut self, text: impl AsRef<str>) {
-        println!("{}", text.as_ref());
+        println!("{}", text.as_ref().trim_end());
         writeln!(self.text, "{}", text.as_ref().trim_end()).unwrap();
+    }
+
+    /// A line of the tables that the page is made of.
+    pub fn table(&mut self, text: impl AsRef<str>) {
+        if self.is_kept {
+            writeln!(self.text, "{}", text.as_ref().trim_end()).unwrap();
+        } else {
+            self.line(text);
+        }
     }
 
     /// Says whether a figure of this run reaches its bar.
     pub fn bar(&mut self, what: &str, figure: f64, bar: Bar, unit: &str) {
-        let (word, limit, reached) = match bar {
-            Bar::AtLeast(limit) => ("at least", limit, figure >= limit),
-            Bar::AtMost(limit) => ("at most", limit, figure <= limit),
-        };
-        let verdict = if reached { "reached" } else { "MISSED" };
-        self.line(format!(
-            "  bar: {what}: {figure:.2}{unit}, {word} {limit}{unit}: {verdict}"
-        ));
+        self.line(format!("  {what}: {}", bar.judge(figure, unit)));
     }
 
     /// Puts the lines in the place of what the file has under this name.
     pub fn save(self) {
-        let Some(path) = env::var_os("MPOOL_BENCH_RESULTS") else {
+        let Some(path) = env::var_os(RESULTS) else {
             return;
         };
         let path = Path::new(&path);

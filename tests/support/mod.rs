@@ -96,8 +96,14 @@ pub fn free_port() -> u16 {
 
 /// Waits until `done` answers something, and fails after [`PATIENCE`].
 #[track_caller]
-pub fn wait_for<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + PATIENCE;
+pub fn wait_for<T>(what: &str, done: impl FnMut() -> Option<T>) -> T {
+    wait_long(what, PATIENCE, done)
+}
+
+/// The same for what takes longer by its nature.
+#[track_caller]
+pub fn wait_long<T>(what: &str, patience: Duration, mut done: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + patience;
     loop {
         if let Some(result) = done() {
             return result;
@@ -184,6 +190,8 @@ pub struct Options {
     pub accounts: Vec<(String, String)>,
     /// On this machine's loopback unless told.
     pub place: Place,
+    /// How long starting may take, loading included; [`PATIENCE`] unless told.
+    pub patience: Option<Duration>,
 }
 
 impl Options {
@@ -319,7 +327,7 @@ impl Server {
         let child = self
             .child
             .insert(command.spawn().expect("redis-server is not installed"));
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + self.options.patience.unwrap_or(PATIENCE);
         let client = redis::Client::open((self.options.place.host.as_str(), self.port)).unwrap();
         while Instant::now() < deadline {
             if child.try_wait().unwrap().is_some() {
