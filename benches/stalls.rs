@@ -2,12 +2,12 @@
 //! memory: while keys and accounts are added, during a rescan of the account
 //! files, a promotion and a load.
 //!
-//! A client of its own sends PING after PING meanwhile. Its longest round trip
-//! has the machine's noise in it, other programs' turns at the processor too;
-//! beside it stands the most CPU time that the server's main thread used within
-//! one of those round trips, which is the server's own doing. The same is
-//! measured of a server without the module that does the same writes, or
-//! nothing. Run it with `make bench`. In the environment:
+//! A client of its own sends PING after PING meanwhile (see common/probe.rs). The
+//! same is measured of a server without the module that does the same writes, or
+//! where there are none, nothing: what a stall of the module's exceeds that one's
+//! by in the same round is the module's making. All is done round after round;
+//! figures are medians of the rounds' longest, with the least and the most. Run it
+//! with `make bench`. In the environment:
 //! - `MPOOL_BENCH_KEYS`: 1000000
 //! - `MPOOL_BENCH_ACCOUNTS`: how many account files there are to scan (100000)
 //! - `MPOOL_BENCH_ROUNDS`: 5
@@ -15,83 +15,25 @@
 mod common;
 
 use common::page::{Bar, Page};
-use common::support::{Options, Server, bearer, wait_for};
-use common::{Link, cpu_time, extreme, median, mix, pack, setting};
+use common::probe::{Probe, Stall, stall_of};
+use common::support::{DAY, Options, Server, bearer, wait_long};
+use common::{Link, median, mix, pack, pairs, range, setting, spread};
 use std::fs;
-use std::io::{Read, Write};
-use std::net::TcpStream;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{JoinHandle, sleep};
+use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 /// Accounts that the keys' leases are of, with slots for them all.
 const LENDERS: usize = 1_000;
+/// Keys that lend anew on a replica that has been promoted.
+const PROMOTED: usize = 1_000;
 /// How long the server is watched after what happens at once.
 const AFTERMATH: Duration = Duration::from_secs(1);
+/// How long anything may take with so many keys.
+const PATIENCE: Duration = Duration::from_secs(300);
 /// A stall of the module's making, in ms.
 const STALL: Bar = Bar::AtMost(2.0);
 const VIEW_BYTES: Bar = Bar::AtMost(200.0);
 const KEY_BYTES: Bar = Bar::AtMost(760.0);
-
-/// What the probe saw, in ms.
-#[derive(Clone, Copy)]
-struct Stall {
-    longest: f64,
-    /// Exceeded by one round trip in a thousand.
-    tail: f64,
-    /// The most CPU time of the server's main thread within one round trip.
-    cpu: f64,
-}
-
-/// A client that sends PING after PING until it is stopped.
-struct Probe {
-    stop: Arc<AtomicBool>,
-    thread: JoinHandle<Vec<(f64, f64)>>,
-}
-
-impl Probe {
-    fn start(server: &Server) -> Self {
-        let (port, pid) = (server.port, server.pid());
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = Arc::clone(&stop);
-        let thread = std::thread::spawn(move || {
-            let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
-            stream.set_nodelay(true).unwrap();
-            let mut trips = Vec::new();
-            while !stopped.load(Ordering::Relaxed) {
-                let cpu = cpu_time(pid);
-                let start = Instant::now();
-                stream.write_all(b"PING\r\n").unwrap();
-                stream.read_exact(&mut [0; 7]).unwrap();
-                let time = start.elapsed().as_nanos() as f64 / 1e6;
-                trips.push((time, (cpu_time(pid) - cpu) as f64 / 1e6));
-            }
-            trips
-        });
-        Self { stop, thread }
-    }
-
-    fn stop(self) -> Stall {
-        self.stop.store(true, Ordering::Relaxed);
-        let trips = self.thread.join().unwrap();
-        let mut times: Vec<f64> = trips.iter().map(|trip| trip.0).collect();
-        times.sort_by(f64::total_cmp);
-        let cpu: Vec<f64> = trips.iter().map(|trip| trip.1).collect();
-        Stall {
-            longest: times.last().copied().unwrap_or_default(),
-            tail: times[times.len() * 999 / 1000],
-            cpu: extreme(&cpu, f64::max),
-        }
-    }
-}
-
-/// What the probe sees while that is done.
-fn stall_of(server: &Server, work: impl FnOnce()) -> Stall {
-    let probe = Probe::start(server);
-    work();
-    probe.stop()
-}
 
 fn client_key(number: usize) -> String {
     format!("sk-cli-v1-{:064x}", mix(number as u64))
@@ -101,31 +43,85 @@ fn lender(number: usize) -> String {
     format!("account-{:06}", number % LENDERS)
 }
 
-/// A record with the fields of MPOOL.KEYGEN's, as long as those.
-fn record(key: &str) -> Vec<u8> {
+/// A record with the fields of MPOOL.KEYGEN's, as long as those, and a lease that
+/// was released: every field of a lease is to be there later.
+fn used_key(key: &str, number: usize) -> [Vec<u8>; 2] {
     let name = format!("client_keys:{key}");
     let words = ["HSET", &name, "tier", "medium", "use_pool", "true"];
     let times = ["created_at", "1755266400000", "expires_at", "9999999999999"];
-    pack(&[&words[..], &times, &["active", "true"]].concat())
+    let record = pack(&[&words[..], &times, &["active", "true"]].concat());
+    let (name, account) = (format!("key_rotation:{key}"), lender(number + 1));
+    let now = at(0);
+    let words = ["HSET", &name, "last_rotation", &now, "previous_account"];
+    [record, pack(&[&words[..], &[&account]].concat())]
+}
+
+/// An instant as long as real ones.
+fn at(ms: usize) -> String {
+    (1_755_266_400_000 + ms).to_string()
+}
+
+fn acquire(key: &str, ms: usize) -> Vec<u8> {
+    pack(&["MPOOL.ACQUIRE", key, &at(ms)])
 }
 
 /// The writes that a lease comes down to.
 fn plain_lease(key: &str, number: usize) -> [Vec<u8>; 2] {
-    let (account, now) = (lender(number), number.to_string());
+    let (account, now, next) = (lender(number), at(number), at(number + DAY as usize));
     let name = format!("key_rotation:{key}");
-    let words = ["HSET", &name, "account", &account, "next_rotation", &now];
-    let lease = pack(&[&words[..], &["last_rotation", &now]].concat());
-    let slots = format!("medium_pool:slots:{account}");
-    [lease, pack(&["SET", &slots, "1"])]
+    let words = ["HSET", &name, "account", &account, "next_rotation", &next];
+    let before = lender(number + 1);
+    let rest = ["last_rotation", &now, "previous_account", &before];
+    let lease = pack(&[&words[..], &rest].concat());
+    [lease, plain_slots(&account)]
 }
 
-/// A server without a pool's module, and without anything else in it.
-fn bare() -> Server {
+/// The writes that a release comes down to.
+fn plain_release(key: &str, number: usize) -> [Vec<u8>; 3] {
+    let (account, name) = (lender(number), format!("key_rotation:{key}"));
+    [
+        pack(&["HSET", &name, "previous_account", &account]),
+        pack(&["HDEL", &name, "account", "next_rotation"]),
+        plain_slots(&account),
+    ]
+}
+
+fn plain_slots(account: &str) -> Vec<u8> {
+    pack(&["SET", &format!("medium_pool:slots:{account}"), "1"])
+}
+
+/// A server with the pool's module, or without it and anything in it.
+fn options(bare: bool, keys: usize) -> Options {
+    let names: Vec<String> = (0..LENDERS).map(lender).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let slots = (keys / LENDERS + 1).to_string();
     let options = Options {
-        bare: true,
+        bare,
+        patience: Some(PATIENCE),
         ..Options::default()
     };
-    options.start()
+    if bare {
+        return options;
+    }
+    options
+        .accounts(&names)
+        .module(&["slots-per-account", &slots])
+}
+
+/// The longest stalls of something, a round each: with the module and without.
+#[derive(Default)]
+struct Stalls([Vec<Stall>; 2]);
+
+impl Stalls {
+    fn add(&mut self, place: usize, stall: Stall) {
+        self.0[place].push(stall);
+    }
+
+    fn figures(&self, of: fn(&Stall) -> f64) -> [Vec<f64>; 2] {
+        self.0
+            .each_ref()
+            .map(|stalls| stalls.iter().map(of).collect())
+    }
 }
 
 struct Bench {
@@ -142,9 +138,10 @@ fn main() {
         accounts: setting("ACCOUNTS", 100_000),
         rounds: setting("ROUNDS", 5),
     };
-    let titles = ["longest ms", "p99.9 ms", "its CPU ms"];
-    let title = |of: &str| titles.map(|title| format!("{title:>12}")).concat() + "  " + of;
-    bench.page.line(format!("{:<34}{}", "", title("")));
+    bench.page.table(format!(
+        "longest in a round, ms; medians of {} rounds (least-most)",
+        bench.rounds
+    ));
     bench.account_files();
     let mut primary = bench.adding_keys();
     bench.promotion(&primary);
@@ -153,174 +150,183 @@ fn main() {
 }
 
 impl Bench {
-    /// Prints what was seen; answers nothing but holds the module's CPU time to the bar.
-    fn report(&mut self, what: &str, own: Stall, plain: Stall) {
-        self.page.line(what);
-        for (name, stall) in [("mpool", own), ("without the module", plain)] {
-            self.page.line(format!(
-                "    {name:<30}{:>12.2}{:>12.2}{:>12.2}",
-                stall.longest, stall.tail, stall.cpu
-            ));
+    /// Prints what was seen, and holds what the module adds to the bar.
+    fn report(&mut self, what: &str, stalls: &Stalls) {
+        let kinds: [(&str, fn(&Stall) -> f64); 3] = [
+            ("round trip", |stall| stall.trip),
+            ("without waits for a processor", |stall| stall.own),
+            ("CPU of the main thread", |stall| stall.cpu),
+        ];
+        self.page.table(format!("{what}; with the module, without"));
+        for (kind, of) in kinds {
+            let [own, plain] = stalls.figures(of);
+            let (own, plain) = (spread(&own), spread(&plain));
+            self.page
+                .table(format!("    {kind:<32}{own:>22} {plain:>22}"));
         }
-        self.page.bar(
-            "longest stall of its own making, CPU",
-            own.cpu,
-            STALL,
-            " ms",
-        );
+        let [own, plain] = stalls.figures(|stall| stall.own);
+        let added = pairs(&own, &plain, |own, plain| own - plain);
+        self.page.line(format!(
+            "  {what}: stall {:.2} ms, {:.2} without the module; of its making {} {}",
+            median(&own),
+            median(&plain),
+            STALL.judge(median(&added), " ms"),
+            range(&added),
+        ));
     }
 
-    /// So many account files that arrive at once, and a rescan of them all.
+    /// So many account files that arrive at once, are scanned again, and go at once.
     fn account_files(&mut self) {
-        eprintln!("stalls: {} account files", self.accounts);
-        let server = Options::default().start();
+        let server = options(false, 0).start();
+        let idle = options(true, 0).start();
         let folder = server.account_dir().join("medium");
-        let fresh = server.folder.path().join("fresh");
-        fs::create_dir(&fresh).unwrap();
+        let aside = server.folder.path().join("aside");
+        fs::rename(&folder, server.folder.path().join("lenders")).unwrap();
+        fs::create_dir(&aside).unwrap();
         for number in 0..self.accounts {
             let name = format!("account-{number:06}");
-            fs::write(fresh.join(&name).with_extension("json"), bearer(&name)).unwrap();
+            fs::write(aside.join(&name).with_extension("json"), bearer(&name)).unwrap();
         }
+        fs::create_dir(&folder).unwrap();
         let mut client = server.connect();
-        let count = self.accounts;
-        let start = Instant::now();
-        let arrival = stall_of(&server, || {
-            fs::remove_dir(&folder).unwrap();
-            fs::rename(&fresh, &folder).unwrap();
+        let mut count = |wanted: usize| {
             client.ok(&["MPOOL.RELOAD"]);
-            let last = format!("medium_pool:slots:account-{:06}", count - 1);
-            wait_for("the last account", || {
-                client.run::<Option<String>>(&["GET", &last])
+            // Each has a counter; there is nothing else.
+            wait_long("the accounts to come or go", PATIENCE, || {
+                (client.run::<usize>(&["DBSIZE"]) == wanted).then_some(())
             });
             sleep(AFTERMATH);
-        });
-        let took = start.elapsed();
-        let idle = bare();
-        let nothing = stall_of(&idle, || sleep(took));
-        self.report(
-            &format!("{count} account files arrive at once"),
-            arrival,
-            nothing,
-        );
-        let start = Instant::now();
-        let rescan = stall_of(&server, || {
-            (0..self.rounds).for_each(|_| client.ok(&["MPOOL.RELOAD"]));
-        });
-        let took = start.elapsed();
-        let nothing = stall_of(&idle, || sleep(took));
-        let what = format!("{count} account files scanned again, {} times", self.rounds);
-        self.report(&what, rescan, nothing);
+        };
+        count(0);
+        let [mut arrival, mut rescan, mut leaving] = [(); 3].map(|()| Stalls::default());
+        for round in 1..=self.rounds {
+            eprintln!("stalls: account files, round {round} of {}", self.rounds);
+            both(&server, &idle, &mut arrival, || {
+                fs::remove_dir(&folder).unwrap();
+                fs::rename(&aside, &folder).unwrap();
+                count(self.accounts);
+            });
+            both(&server, &idle, &mut rescan, || count(self.accounts));
+            both(&server, &idle, &mut leaving, || {
+                fs::rename(&folder, &aside).unwrap();
+                fs::create_dir(&folder).unwrap();
+                count(0);
+            });
+        }
+        let files = self.accounts;
+        self.report(&format!("{files} account files arrive at once"), &arrival);
+        self.report(&format!("{files} account files are scanned again"), &rescan);
+        self.report(&format!("{files} account files go at once"), &leaving);
     }
 
     /// Makes keys and has each lend; answers the server.
     fn adding_keys(&mut self) -> Server {
-        eprintln!("stalls: {} keys", self.keys);
-        let names: Vec<String> = (0..LENDERS).map(lender).collect();
-        let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        let slots = (self.keys / LENDERS + 1).to_string();
-        let options = Options::default().accounts(&names);
-        let server = options.module(&["slots-per-account", &slots]).start();
-        let mut link = Link::open(server.port);
-        let own = stall_of(&server, || {
-            link.run((0..self.keys).flat_map(|number| {
-                let key = client_key(number);
-                let now = number.to_string();
-                [record(&key), pack(&["MPOOL.ACQUIRE", &key, &now])]
-            }));
-        });
-        let other = bare();
-        let mut link = Link::open(other.port);
-        let plain = stall_of(&other, || {
-            link.run((0..self.keys).flat_map(|number| {
-                let key = client_key(number);
-                let [lease, slots] = plain_lease(&key, number);
-                [record(&key), lease, slots]
-            }));
-        });
-        self.report(&format!("{} keys are made and lend", self.keys), own, plain);
+        let (server, other) = (
+            options(false, self.keys).start(),
+            options(true, self.keys).start(),
+        );
+        let mut stalls = Stalls::default();
+        for round in 1..=self.rounds {
+            eprintln!(
+                "stalls: {} keys, round {round} of {}",
+                self.keys, self.rounds
+            );
+            for server in [&server, &other] {
+                server.connect().ok(&["FLUSHALL", "SYNC"]);
+            }
+            server.connect().ok(&["MPOOL.REPAIR"]);
+            let mut link = Link::open(server.port);
+            let own = stall_of(server.port, || {
+                link.run((0..self.keys).flat_map(|number| {
+                    let key = client_key(number);
+                    let [record, released] = used_key(&key, number);
+                    [record, released, acquire(&key, number)]
+                }));
+            });
+            stalls.add(0, own);
+            let mut link = Link::open(other.port);
+            let plain = stall_of(other.port, || {
+                link.run((0..self.keys).flat_map(|number| {
+                    let key = client_key(number);
+                    let [record, released] = used_key(&key, number);
+                    let [lease, slots] = plain_lease(&key, number);
+                    [record, released, lease, slots]
+                }));
+            });
+            stalls.add(1, plain);
+        }
+        self.report(&format!("{} keys are made and lend", self.keys), &stalls);
         server
     }
 
-    /// A replica with all the leases becomes a primary, and lends.
+    /// A replica with all the leases becomes a primary; some keys are released, and lend.
     fn promotion(&mut self, primary: &Server) {
-        eprintln!("stalls: promotion");
-        let slots = (self.keys / LENDERS + 1).to_string();
-        let stalls = [false, true].map(|is_bare| {
-            let options = Options {
-                bare: is_bare,
-                ..Options::default()
-            };
-            let names: Vec<String> = (0..LENDERS).map(lender).collect();
-            let names: Vec<&str> = names.iter().map(String::as_str).collect();
-            let options = options
-                .accounts(&names)
-                .module(&["slots-per-account", &slots]);
-            let replica = options.replica_of(primary).start();
-            let mut client = replica.connect();
-            wait_for("the replica to have its data", || {
-                (client.info("replication", "master_link_status") == "up").then_some(())
-            });
-            let now = self.keys.to_string();
-            stall_of(&replica, || {
-                client.ok(&["REPLICAOF", "NO", "ONE"]);
-                if !is_bare {
-                    for number in 0..self.keys.min(1_000) {
-                        client.ok(&["MPOOL.ACQUIRE", &client_key(number), &now]);
-                    }
-                }
-                sleep(AFTERMATH);
-            })
-        });
+        let replicas = [false, true].map(|bare| options(bare, self.keys).start());
+        let mut stalls = Stalls::default();
+        let lending = self.keys.min(PROMOTED);
+        for round in 1..=self.rounds {
+            for (place, replica) in replicas.iter().enumerate() {
+                eprintln!("stalls: promotion {round} of {}", self.rounds);
+                let mut client = replica.connect();
+                let port = primary.port.to_string();
+                client.ok(&["REPLICAOF", primary.host(), &port]);
+                wait_long("the replica to have its data", PATIENCE, || {
+                    (client.info("replication", "master_link_status") == "up").then_some(())
+                });
+                let mut link = Link::open(replica.port);
+                let stall = stall_of(replica.port, || {
+                    client.ok(&["REPLICAOF", "NO", "ONE"]);
+                    link.run((0..lending).flat_map(|number| {
+                        let key = client_key(number);
+                        if place == 0 {
+                            vec![pack(&["MPOOL.RELEASE", &key]), acquire(&key, self.keys)]
+                        } else {
+                            let writes = plain_release(&key, number);
+                            { writes }
+                                .into_iter()
+                                .chain(plain_lease(&key, number))
+                                .collect()
+                        }
+                    }));
+                    sleep(AFTERMATH);
+                });
+                stalls.add(place, stall);
+            }
+        }
         let what = format!("a replica with {} leases is promoted", self.keys);
-        self.report(&what, stalls[0], stalls[1]);
+        self.report(&what, &stalls);
     }
 
     /// The same data loaded with the module and without, in turn; then what it takes.
     fn loading(&mut self, server: &mut Server) {
         server.connect().ok(&["SAVE"]);
         let (mut times, mut memory) = ([vec![], vec![]], [vec![], vec![]]);
-        let mut stalls = Vec::new();
+        let (mut during, mut after) = (Stalls::default(), Stalls::default());
         for round in 1..=self.rounds {
             eprintln!("stalls: load {round} of {}", self.rounds);
             for place in [0, 1] {
                 server.kill();
                 server.set_bare(place == 1);
+                let probe = Probe::start(server.port);
                 server.launch();
-                stalls.push(stall_of(server, || sleep(AFTERMATH)));
+                during.add(place, probe.stop());
+                after.add(place, stall_of(server.port, || sleep(AFTERMATH)));
                 times[place].push(load_time(&server.log()));
                 memory[place].push(used_memory(server));
             }
         }
-        let worst = |place: usize| {
-            let of = stalls.iter().skip(place).step_by(2);
-            of.copied()
-                .max_by(|one, other| one.cpu.total_cmp(&other.cpu))
-                .unwrap()
-        };
-        let (own, plain) = (worst(0), worst(1));
-        self.report(
-            &format!("just after {} leases are loaded", self.keys),
-            own,
-            plain,
-        );
-        let ratios: Vec<f64> = times[0]
-            .iter()
-            .zip(&times[1])
-            .map(|(own, plain)| own / plain)
-            .collect();
+        let keys = self.keys;
+        self.report(&format!("{keys} leases are being loaded"), &during);
+        self.report(&format!("just after {keys} leases were loaded"), &after);
+        let ratios = pairs(&times[0], &times[1], |own, plain| own / plain);
         self.page.line(format!(
-            "loading {} leases: {:.2} s, {:.2} s without the module, {:.2}x ({:.2}-{:.2})",
-            self.keys,
+            "  loading {keys} leases: {:.2} s, {:.2} s without the module, {}x",
             median(&times[0]),
             median(&times[1]),
-            median(&ratios),
-            extreme(&ratios, f64::min),
-            extreme(&ratios, f64::max),
+            spread(&ratios),
         ));
-        self.memory(
-            server,
-            (median(&memory[0]) - median(&memory[1])) / self.keys as f64,
-        );
+        let views = pairs(&memory[0], &memory[1], |own, plain| own - plain);
+        self.memory(server, median(&views) / keys as f64);
     }
 
     fn memory(&mut self, server: &Server, view: f64) {
@@ -335,12 +341,20 @@ impl Bench {
             .sum();
         let keyspace = bytes as f64 / sample as f64;
         self.page.line(format!(
-            "memory of a leased key: {keyspace:.0} bytes in the keyspace, {view:.0} in the view"
+            "  memory of a leased key: {keyspace:.0} bytes in the keyspace, {view:.0} in the view"
         ));
         self.page.bar("view", view, VIEW_BYTES, " bytes");
         self.page
             .bar("leased key", keyspace + view, KEY_BYTES, " bytes");
     }
+}
+
+/// Does the work with the probe at the server, and lets it watch the idle one as long.
+fn both(server: &Server, idle: &Server, stalls: &mut Stalls, work: impl FnOnce()) {
+    let start = Instant::now();
+    stalls.add(0, stall_of(server.port, work));
+    let took = start.elapsed();
+    stalls.add(1, stall_of(idle.port, || sleep(took)));
 }
 
 /// How long the latest load took, in s, as the server's log has it.

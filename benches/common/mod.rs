@@ -7,6 +7,7 @@
 )]
 
 pub mod page;
+pub mod probe;
 #[path = "../../tests/support/mod.rs"]
 pub mod support;
 
