@@ -1,323 +1,550 @@
-//! What ACQUIRE costs as the pool grows: for a current lease and for one that
-//! must choose, at 10 to 100,000 accounts and 1,000 to 1,000,000 keys.
+//! What commands cost as the pool grows, at 10 to 100,000 accounts and 1,000 to
+//! 1,000,000 keys, and how long the server stands still meanwhile.
 //!
-//! Sizes that are compared do the same work a call: a first use writes the
-//! lease and one counter, a rotation that moves on writes it and two. Each has
-//! three kinds of figures, with their ratio to the smallest size: the time of a
-//! call as a client sees it that waits for each answer, the server's CPU time
-//! for a call in pipelines, and beside it that of the plain Redis writes which
-//! a choice comes down to, over as many keys. The last one shows how much of
-//! any growth is the machine's memory.
+//! Sizes that are compared do the same work a call: a first use and a failover
+//! write the lease and one counter, a rotation to another account writes it and
+//! two, a page has ten rows. Each command has the time of a call as a client sees
+//! it that waits for each answer (the median call's), the server's CPU time for a
+//! call in pipelines, and the longest stall during such pipelines (see
+//! common/probe.rs). Beside them stand those of plain Redis, over as many keys: the
+//! reads of a lease and the writes that a choice comes down to. They show how much
+//! of any growth is the machine's memory.
 //!
 //! All sizes are measured side by side, round after round, in one run; figures
-//! are medians, with the least and the most beside them. Run it with `make bench`.
+//! are medians, with the least and the most beside them, and ratios are taken
+//! within a round. Run it with `make bench`. In the environment:
+//! - `MPOOL_BENCH_KEYS`, `MPOOL_BENCH_ACCOUNTS`: larger sizes are left out (1000000, 100000)
+//! - `MPOOL_BENCH_ROUNDS`: 5
+//! - `MPOOL_BENCH_CALLS`: of a command in a round, in pipelines (30000); a fifth
+//!   of it one by one
 
 mod common;
 
 use common::page::{Bar, Page};
-use common::support::{DAY, Options, Server};
-use common::{Link, extreme, median, mix, pack};
+use common::probe::stall_of;
+use common::support::{Client, DAY, Options, Server, wait_long};
+use common::{Link, median, mix, pack, pairs, progress, range, setting, short, spread};
+use std::collections::BTreeMap;
+use std::time::Duration;
 
-const ROUNDS: usize = 7;
-/// Calls of a round, in pipelines and one by one.
-const PIPED: usize = 60_000;
-const AWAITED: usize = 20_000;
+/// How long setting up may take.
+const PATIENCE: Duration = Duration::from_secs(300);
 /// Takes keys out of the order in which they were made; prime to their number.
 const SCATTER: usize = 7_919;
 /// Between one key's rotation and the next one's, in ms.
 const STEP: i64 = 80;
+/// A cooldown that lasts until it is ended, in ms.
+const COOLDOWN: &str = "3600000";
 
-/// What makes a key choose.
-#[derive(Clone, Copy)]
-enum Work {
-    /// It was released before (which is not measured): one counter changes.
+/// What the figures of the first size may grow to.
+const FLAT: Bar = Bar::AtMost(1.2);
+/// A stall of the module's making, in ms.
+const STALL: Bar = Bar::AtMost(2.0);
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Op {
+    Current,
+    /// The key was released before, which is not measured.
     FirstUse,
-    /// Its period is over, and there are accounts with fewer slots in use than
-    /// its own: two counters change.
+    /// The lease's period is over.
     Rotation,
+    /// The lease's account cools down, which is not measured.
+    Failover,
+    Release,
+    Accounts,
+    Leases,
+    /// HMGET of two fields of a lease.
+    Reads,
+    /// What a choice writes, without the module.
+    Writes,
 }
+
+impl Op {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Current => "ACQUIRE, current lease",
+            Self::FirstUse => "ACQUIRE, first use",
+            Self::Rotation => "ACQUIRE, rotation",
+            Self::Failover => "ACQUIRE, failover",
+            Self::Release => "RELEASE",
+            Self::Accounts => "STATUS, 10 accounts",
+            Self::Leases => "STATUS, 10 leases",
+            Self::Reads => "plain HMGET",
+            Self::Writes => "plain HSET and SET",
+        }
+    }
+
+    fn is_plain(self) -> bool {
+        matches!(self, Self::Reads | Self::Writes)
+    }
+}
+
+#[derive(Clone, Copy)]
+enum How {
+    /// Time of a call, in ns; the median of each lot's calls.
+    Awaited,
+    /// CPU time of a call, in ns.
+    Piped,
+    /// The longest stall during pipelines, in ms.
+    Watched,
+}
+
+const HOWS: [How; 3] = [How::Awaited, How::Piped, How::Watched];
 
 /// One size of pool, with a server of its own.
 struct Cell {
-    name: &'static str,
+    name: String,
     server: Server,
+    client: Client,
     link: Link,
     keys: Vec<String>,
-    work: Work,
+    accounts: usize,
+    slots: usize,
+    /// Leases move on to other accounts when they rotate.
+    moves: bool,
     /// How many keys have chosen so far, and when the last one did (unix ms).
     chosen: usize,
     now: i64,
-    accounts: usize,
-    /// Nanoseconds per call: a list a figure, an entry a round.
-    figures: [Vec<f64>; FIGURES.len()],
+    /// Each key's account, and where to look for the next ones to cool down;
+    /// filled when failovers begin.
+    held: Vec<String>,
+    next_account: usize,
+    /// An entry a round, in the order of [`HOWS`].
+    figures: BTreeMap<Op, [Vec<f64>; HOWS.len()]>,
 }
 
-const FIGURES: [&str; 6] = [
-    "current lease, each answer awaited: time",
-    "current lease, pipelines of 32: server CPU",
-    "must choose, each answer awaited: time",
-    "must choose, pipelines of 32: server CPU",
-    "the same writes in plain Redis, pipelines of 32: server CPU",
-    "HMGET of two fields of the lease, pipelines of 32: server CPU",
-];
-/// Those that must not grow.
-const FLAT: [usize; 4] = [0, 1, 2, 3];
-const FLAT_BAR: Bar = Bar::AtMost(1.2);
-
 impl Cell {
-    fn new(work: Work, &(name, accounts, slots, keys): &Size) -> Self {
-        eprintln!("setting up {name} ...");
-        let names: Vec<String> = (0..accounts).map(|n| format!("account-{n:06}")).collect();
+    fn new(table: &Table, (accounts, keys): (usize, usize)) -> Self {
+        let name = match table.by {
+            By::Accounts => format!("{accounts} accounts"),
+            By::Keys => format!("{keys} keys"),
+        };
+        progress(&format!("growth: setting up {name}"));
+        let names: Vec<String> = (0..accounts).map(account_name).collect();
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        let options = Options::default().accounts(&names);
+        let options = Options {
+            patience: Some(PATIENCE),
+            ..Options::default()
+        };
+        let options = options.accounts(&names);
         let server = options
-            .module(&["slots-per-account", &slots.to_string()])
+            .module(&["slots-per-account", &table.slots.to_string()])
             .start();
-        let mut link = Link::open(server.port);
-        let keys: Vec<String> = (0..keys)
-            .map(|n| format!("sk-cli-v1-{:064x}", mix(n as u64)))
-            .collect();
-        let records = keys.iter().map(|key| {
-            let name = format!("client_keys:{key}");
-            pack(&[
-                "HSET",
-                &name,
-                "tier",
-                "medium",
-                "use_pool",
-                "true",
-                "active",
-                "true",
-                "expires_at",
-                "99999999999999",
-            ])
+        let mut client = server.connect();
+        wait_long("the accounts", PATIENCE, || {
+            (client.run::<usize>(&["DBSIZE"]) == accounts).then_some(())
         });
-        link.run(records);
-        link.run((0..keys.len()).map(|n| acquire(&keys[n], n as i64 * STEP)));
-        let cell = Self {
+        let keys = (0..keys as u64).map(|n| format!("sk-cli-v1-{:064x}", mix(n)));
+        let mut cell = Self {
             name,
+            link: Link::open(server.port),
             server,
-            link,
-            keys,
-            work,
+            client,
+            keys: keys.collect(),
+            accounts,
+            slots: table.slots,
+            moves: table.moves,
             chosen: 0,
             now: 0,
-            accounts,
-            figures: Default::default(),
+            held: Vec::new(),
+            next_account: 0,
+            figures: BTreeMap::new(),
         };
-        // What creating so many accounts has left to do is not to be measured.
-        cell.server.connect().ok(&["MPOOL.REPAIR"]);
+        let records = cell.keys.iter().map(|key| {
+            let name = format!("client_keys:{key}");
+            let words = ["HSET", &name, "tier", "medium", "use_pool", "true"];
+            let rest = ["active", "true", "expires_at", "99999999999999"];
+            pack(&[&words[..], &rest].concat())
+        });
+        cell.link.run(records);
+        let leases = (0..cell.keys.len()).map(|n| acquire(cell.key(n), n as i64 * STEP));
+        let leases: Vec<_> = leases.collect();
+        cell.link.run(leases);
+        // What creating so many has left to do is not to be measured.
+        cell.client.ok(&["MPOOL.REPAIR"]);
         cell
     }
 
-    fn round(&mut self) {
-        let pid = self.server.pid();
-        let awaited_choosing = self.choosing(AWAITED, Link::awaited);
-        let piped_choosing = self.choosing(PIPED, Link::piped);
-        let calls = self.current(AWAITED);
-        let awaited_current = self.link.awaited(pid, calls);
-        let calls = self.current(PIPED);
-        let piped_current = self.link.piped(pid, calls);
-        let calls = self.plain(PIPED);
-        let replies = self.plain_replies();
-        let plain = self.link.piped_each(pid, calls, replies);
-        let calls = self.reads(PIPED);
-        let reads = self.link.piped(pid, calls);
-        let round = [
-            awaited_current,
-            piped_current,
-            awaited_choosing,
-            piped_choosing,
-            plain,
-            reads,
-        ];
-        let counts = [AWAITED, PIPED, AWAITED, PIPED, PIPED, PIPED];
-        for ((figures, cost), count) in self.figures.iter_mut().zip(round).zip(counts) {
-            figures.push(cost / count as f64);
+    /// The key whose turn comes at this place of the order in which keys choose.
+    fn key(&self, place: usize) -> &str {
+        let keys = self.keys.len();
+        &self.keys[place % keys * SCATTER % keys]
+    }
+
+    fn measure(&mut self, op: Op, calls: usize) {
+        for (number, how) in HOWS.into_iter().enumerate() {
+            let count = match (how, op) {
+                (How::Awaited, _) => calls / 5,
+                // A page is the work of many calls.
+                (_, Op::Accounts | Op::Leases) => calls / 5,
+                (How::Piped | How::Watched, _) => calls,
+            };
+            let sum = match op {
+                Op::FirstUse | Op::Rotation | Op::Release => self.choosing(op, how, count),
+                Op::Failover => self.failing_over(how, count),
+                _ => self.one_lot(op, how, count),
+            };
+            let figure = match how {
+                How::Watched => sum,
+                How::Awaited | How::Piped => sum / count as f64,
+            };
+            self.figures.entry(op).or_default()[number].push(figure);
         }
     }
 
-    /// Calls for keys in a scattered order, each within its period.
-    fn current(&self, count: usize) -> Vec<Vec<u8>> {
-        let keys = self.keys.len() as u64;
-        let key = |n| &self.keys[(mix(n) % keys) as usize];
-        (0..count as u64)
-            .map(|n| acquire(key(n), self.now))
-            .collect()
+    /// What the calls cost together, or the longest stall in them.
+    fn cost(&mut self, how: How, calls: Vec<Vec<u8>>, replies: usize) -> f64 {
+        let pid = self.server.pid();
+        let link = &mut self.link;
+        match how {
+            How::Awaited => link.awaited_each(calls, replies),
+            How::Piped => link.piped_each(pid, calls, replies),
+            How::Watched => {
+                stall_of(self.server.port, || {
+                    link.piped_each(pid, calls, replies);
+                })
+                .own
+            }
+        }
     }
 
-    /// What a client without the module would read of such leases.
-    fn reads(&self, count: usize) -> Vec<Vec<u8>> {
+    /// Calls that change nothing of the pool.
+    fn one_lot(&mut self, op: Op, how: How, count: usize) -> f64 {
         let keys = self.keys.len() as u64;
-        let name = |n| format!("key_rotation:{}", self.keys[(mix(n) % keys) as usize]);
-        (0..count as u64)
-            .map(|n| pack(&["HMGET", &name(n), "account", "next_rotation"]))
-            .collect()
+        let some = |n: u64| &self.keys[(mix(n) % keys) as usize];
+        let now = self.now.to_string();
+        let page = |list: &str| {
+            let words = ["MPOOL.STATUS", list, "medium", "NOW", &now, "COUNT", "10"];
+            pack(&words)
+        };
+        let call = |n: usize| match op {
+            Op::Accounts => page("ACCOUNTS"),
+            Op::Leases => page("LEASES"),
+            Op::Reads => {
+                let name = format!("key_rotation:{}", some(n as u64));
+                pack(&["HMGET", &name, "account", "next_rotation"])
+            }
+            Op::Writes => self.plain_choice(n),
+            _ => acquire(some(n as u64), self.now),
+        };
+        let calls = (0..count).map(call).collect();
+        let replies = match op {
+            Op::Writes if self.moves => 3,
+            Op::Writes => 2,
+            _ => 1,
+        };
+        self.cost(how, calls, replies)
     }
 
-    /// Has so many keys choose, in a scattered order; answers the cost.
-    fn choosing(&mut self, count: usize, measure: fn(&mut Link, u32, Vec<Vec<u8>>) -> f64) -> f64 {
+    /// Has so many keys choose or be released, in the order in which they do.
+    fn choosing(&mut self, op: Op, how: How, count: usize) -> f64 {
         let keys = self.keys.len();
-        let mut cost = 0.0;
+        let mut total = 0.0;
         let mut left = count;
         while left > 0 {
-            let batch = match self.work {
-                Work::FirstUse => left.min(keys),
-                Work::Rotation => left,
+            let batch = match op {
+                Op::Rotation => left,
+                _ => left.min(keys),
             };
-            let places: Vec<usize> = (self.chosen..self.chosen + batch).collect();
-            let key = |place: usize| self.keys[place % keys * SCATTER % keys].as_str();
-            if let Work::FirstUse = self.work {
-                let releases: Vec<_> = places
-                    .iter()
-                    .map(|&place| pack(&["MPOOL.RELEASE", key(place)]))
-                    .collect();
-                self.link.run(releases);
-            }
+            let places = self.chosen..self.chosen + batch;
             // Each key's time comes once a lap, and nobody else's with it.
             let now = |place: usize| (1 + place / keys) as i64 * DAY + (place % keys) as i64 * STEP;
-            let calls = places
-                .iter()
-                .map(|&place| acquire(key(place), now(place)))
-                .collect();
-            self.now = now(self.chosen + batch - 1);
-            cost += measure(&mut self.link, self.server.pid(), calls);
+            let acquires = places
+                .clone()
+                .map(|place| acquire(self.key(place), now(place)));
+            let acquires: Vec<_> = acquires.collect();
+            let releases = places.map(|place| pack(&["MPOOL.RELEASE", self.key(place)]));
+            let releases: Vec<_> = releases.collect();
             self.chosen += batch;
+            self.now = now(self.chosen - 1);
+            let cost = match op {
+                Op::Release => {
+                    let cost = self.cost(how, releases, 1);
+                    self.link.run(acquires);
+                    cost
+                }
+                Op::FirstUse => {
+                    self.link.run(releases);
+                    self.cost(how, acquires, 1)
+                }
+                _ => self.cost(how, acquires, 1),
+            };
+            total = how.add(total, cost);
             left -= batch;
         }
-        cost
+        total
     }
 
-    /// The writes of so many choices over as many other keys.
-    fn plain(&self, count: usize) -> Vec<Vec<u8>> {
-        let keys = self.keys.len();
-        let account = |n: usize| {
-            format!(
-                "plain:slots:account-{:06}",
-                mix(n as u64) % self.accounts as u64
-            )
-        };
-        let writes = (0..count).map(|n| {
-            let key = format!("plain:rotation:{}", self.keys[n % keys * SCATTER % keys]);
-            let (new, old) = (account(n), account(n.saturating_sub(keys)));
-            let now = n.to_string();
-            let (new_name, old_name) = (&new[12..], &old[12..]);
-            let mut writes = pack(&[
-                "HSET",
-                &key,
-                "account",
-                new_name,
-                "next_rotation",
-                &now,
-                "last_rotation",
-                &now,
-                "previous_account",
-                old_name,
-            ]);
-            writes.extend(pack(&["SET", &new, "1"]));
-            if let Work::Rotation = self.work {
-                writes.extend(pack(&["SET", &old, "0"]));
+    /// Has so many keys lose their account and lend another.
+    fn failing_over(&mut self, how: How, count: usize) -> f64 {
+        if self.held.is_empty() {
+            let all: Vec<usize> = (0..self.keys.len()).collect();
+            self.held = self.accounts_of(&all);
+        }
+        let mut total = 0.0;
+        let mut left = count;
+        while left > 0 {
+            let mut holders = BTreeMap::<&str, Vec<usize>>::new();
+            for (number, account) in self.held.iter().enumerate() {
+                holders.entry(account).or_default().push(number);
             }
-            writes
-        });
-        writes.collect()
+            // The others must have slots for all.
+            let full = self.keys.len().div_ceil(self.slots);
+            let most = (self.accounts / 2).min(self.accounts - full - 1);
+            let wanted = left.min(self.keys.len() / 2);
+            let (mut lost, mut losers) = (Vec::new(), Vec::new());
+            let start = self.next_account % holders.len();
+            for (account, of) in holders
+                .iter()
+                .cycle()
+                .skip(start)
+                .take(holders.len().min(most))
+            {
+                if losers.len() >= wanted {
+                    break;
+                }
+                lost.push((*account).to_owned());
+                losers.extend_from_slice(of);
+            }
+            self.next_account += lost.len();
+            let now = self.now.to_string();
+            let cool =
+                |account: &String, ms: &str| pack(&["MPOOL.COOLDOWN", "medium", account, &now, ms]);
+            self.link
+                .run(lost.iter().map(|account| cool(account, COOLDOWN)));
+            let calls = losers.iter().map(|&key| acquire(&self.keys[key], self.now));
+            let mut calls: Vec<_> = calls.collect();
+            let rest = calls.split_off(left.min(calls.len()));
+            left -= calls.len();
+            let cost = self.cost(how, calls, 1);
+            total = how.add(total, cost);
+            self.link.run(rest);
+            self.link.run(lost.iter().map(|account| cool(account, "0")));
+            for (place, account) in losers.iter().zip(self.accounts_of(&losers)) {
+                assert!(
+                    !lost.contains(&account),
+                    "a lease of an account that cools down"
+                );
+                self.held[*place] = account;
+            }
+        }
+        total
     }
 
-    /// Replies to one of the calls of `plain`.
-    fn plain_replies(&self) -> usize {
-        match self.work {
-            Work::FirstUse => 2,
-            Work::Rotation => 3,
+    fn accounts_of(&mut self, keys: &[usize]) -> Vec<String> {
+        let mut found = Vec::new();
+        for some in keys.chunks(10_000) {
+            let mut pipe = redis::pipe();
+            for &key in some {
+                pipe.hget(format!("key_rotation:{}", self.keys[key]), "account");
+            }
+            let accounts: Vec<String> = pipe.query(&mut self.client.connection).unwrap();
+            found.extend(accounts);
+        }
+        found
+    }
+
+    /// The writes of a choice over another key.
+    fn plain_choice(&self, n: usize) -> Vec<u8> {
+        let account = |n: usize| account_name(mix(n as u64) as usize % self.accounts);
+        let key = format!("plain:rotation:{}", self.key(n));
+        let (new, old) = (account(n), account(n.saturating_sub(self.keys.len())));
+        let now = n.to_string();
+        let words = ["HSET", &key, "account", &new, "next_rotation", &now];
+        let rest = ["last_rotation", &now, "previous_account", &old];
+        let slots = |account: &str, used| pack(&["SET", &format!("plain:slots:{account}"), used]);
+        let mut writes = pack(&[&words[..], &rest].concat());
+        writes.extend(slots(&new, "1"));
+        if self.moves {
+            writes.extend(slots(&old, "0"));
+        }
+        writes
+    }
+}
+
+impl How {
+    fn add(self, total: f64, figure: f64) -> f64 {
+        match self {
+            Self::Awaited | Self::Piped => total + figure,
+            Self::Watched => total.max(figure),
         }
     }
 }
 
-/// Name, accounts, slots of each, keys. One number varies in a table.
-type Size = (&'static str, usize, usize, usize);
-
-const TABLES: [(&str, Work, &[Size]); 3] = [
-    (
-        "accounts, with 1,000 keys; choosing is a first use",
-        Work::FirstUse,
-        &[
-            ("10 accounts", 10, 128, 1_000),
-            ("1,000 accounts", 1_000, 128, 1_000),
-            ("100,000 accounts", 100_000, 128, 1_000),
-        ],
-    ),
-    (
-        "accounts, with 4 keys; choosing is a rotation to another account",
-        Work::Rotation,
-        &[
-            ("10 accounts", 10, 2, 4),
-            ("1,000 accounts", 1_000, 2, 4),
-            ("100,000 accounts", 100_000, 2, 4),
-        ],
-    ),
-    (
-        "keys, with 1,000 accounts; choosing is a first use",
-        Work::FirstUse,
-        &[
-            ("1,000 keys", 1_000, 1_024, 1_000),
-            ("1,000,000 keys", 1_000, 1_024, 1_000_000),
-        ],
-    ),
-];
-
-/// Words on the command line choose sizes by their names; none: all.
-fn main() {
-    let words: Vec<String> = std::env::args()
-        .skip(1)
-        .filter(|word| !word.starts_with('-'))
-        .collect();
-    let chosen =
-        |name: &str| words.is_empty() || words.iter().any(|word| name.contains(word.as_str()));
-    let mut page = Page::new("Growth", &[]);
-    page.line(format!(
-        "microseconds a call, medians of {ROUNDS} rounds (least-most), ratio to the smallest size's"
-    ));
-    for (what, work, sizes) in TABLES {
-        let sizes = sizes.iter().filter(|(name, ..)| chosen(name));
-        let mut cells: Vec<Cell> = sizes.map(|size| Cell::new(work, size)).collect();
-        if !cells.is_empty() {
-            run(&mut page, what, &mut cells);
-        }
-    }
-    page.save();
-}
-
-fn run(page: &mut Page, what: &str, cells: &mut [Cell]) {
-    for round in 1..=ROUNDS {
-        eprintln!("growth: round {round} of {ROUNDS}");
-        cells.iter_mut().for_each(Cell::round);
-    }
-    page.line("");
-    page.line(format!("ACQUIRE by {what}"));
-    for (number, figure) in FIGURES.iter().enumerate() {
-        page.line(format!("  {figure}"));
-        let base = median(&cells[0].figures[number]);
-        let mut growth: f64 = 1.0;
-        for cell in &*cells {
-            let figures = &cell.figures[number];
-            let (least, most) = (extreme(figures, f64::min), extreme(figures, f64::max));
-            let middle = median(figures);
-            let ratio = middle / base;
-            growth = growth.max(ratio);
-            page.line(format!(
-                "    {:<18}{:>8.2}{:>7.2}x ({:.2}-{:.2})",
-                cell.name,
-                middle / 1e3,
-                ratio,
-                least / 1e3,
-                most / 1e3,
-            ));
-        }
-        if FLAT.contains(&number) && cells.len() > 1 {
-            page.bar("growth", growth, FLAT_BAR, "x");
-        }
-    }
+fn account_name(number: usize) -> String {
+    format!("account-{number:06}")
 }
 
 fn acquire(key: &str, now: i64) -> Vec<u8> {
     pack(&["MPOOL.ACQUIRE", key, &now.to_string()])
+}
+
+#[derive(Clone, Copy)]
+enum By {
+    Accounts,
+    Keys,
+}
+
+/// Sizes that are compared: accounts and keys, of which one varies.
+struct Table {
+    what: &'static str,
+    by: By,
+    sizes: [(usize, usize); 3],
+    slots: usize,
+    moves: bool,
+    ops: &'static [Op],
+}
+
+const TABLES: [Table; 3] = [
+    Table {
+        what: "by accounts: 10, 1,000, 100,000, with 1,000 keys",
+        by: By::Accounts,
+        sizes: [(10, 1_000), (1_000, 1_000), (100_000, 1_000)],
+        slots: 256,
+        moves: false,
+        ops: &[
+            Op::Writes,
+            Op::Reads,
+            Op::Current,
+            Op::FirstUse,
+            Op::Release,
+            Op::Accounts,
+            Op::Leases,
+            Op::Failover,
+        ],
+    },
+    Table {
+        what: "by accounts: 10, 1,000, 100,000, with 4 keys that rotate to other accounts",
+        by: By::Accounts,
+        sizes: [(10, 4), (1_000, 4), (100_000, 4)],
+        slots: 2,
+        moves: true,
+        ops: &[Op::Writes, Op::Rotation],
+    },
+    Table {
+        what: "by keys: 1,000, 100,000, 1,000,000, with 1,000 accounts",
+        by: By::Keys,
+        sizes: [(1_000, 1_000), (1_000, 100_000), (1_000, 1_000_000)],
+        slots: 1_024,
+        moves: false,
+        // Failovers are last: they leave accounts behind that are not used alike,
+        // and leases that fall due out of turn.
+        ops: &[
+            Op::Writes,
+            Op::Reads,
+            Op::Current,
+            Op::FirstUse,
+            Op::Rotation,
+            Op::Release,
+            Op::Accounts,
+            Op::Leases,
+            Op::Failover,
+        ],
+    },
+];
+
+fn main() {
+    let rounds: usize = setting("ROUNDS", 5);
+    let calls: usize = setting("CALLS", 30_000);
+    let (accounts, keys) = (setting("ACCOUNTS", 100_000), setting("KEYS", 1_000_000));
+    let mut page = Page::new("Growth", &[]);
+    page.line(format!(
+        "medians of {rounds} rounds; beside the smallest size's figure the other sizes' ratios to it, in order (least-most of the last one's)"
+    ));
+    for table in &TABLES {
+        let sizes = table.sizes.into_iter();
+        let sizes = sizes.filter(|size| size.0 <= accounts && size.1 <= keys);
+        let mut cells: Vec<Cell> = sizes.map(|size| Cell::new(table, size)).collect();
+        for is_last in [false, true] {
+            for round in 1..=rounds {
+                progress(&format!("growth: round {round} of {rounds}"));
+                let ops = table.ops.iter().copied();
+                for op in ops.filter(|op| (*op == Op::Failover) == is_last) {
+                    cells.iter_mut().for_each(|cell| cell.measure(op, calls));
+                }
+            }
+        }
+        page.table("");
+        page.line(format!("  {}", table.what));
+        for op in table.ops {
+            print(&mut page, *op, &cells);
+        }
+        print_stalls(&mut page, table, &cells);
+    }
+    page.save();
+}
+
+fn print(page: &mut Page, op: Op, cells: &[Cell]) {
+    let figures = |cell: &Cell, how: How| cell.figures[&op][how as usize].clone();
+    let ratios = |cell: &Cell, how: How| {
+        let (own, first) = (figures(cell, how), figures(&cells[0], how));
+        pairs(&own, &first, |own, first| own / first)
+    };
+    for cell in cells {
+        let part = |how: How| {
+            let own: Vec<f64> = figures(cell, how).iter().map(|ns| ns / 1e3).collect();
+            format!(
+                "{:>20} us {:>17}x",
+                spread(&own),
+                spread(&ratios(cell, how))
+            )
+        };
+        page.table(format!(
+            "    {:<24}{:<18}time{} CPU time{} stall{:>18} ms",
+            op.name(),
+            cell.name,
+            part(How::Awaited),
+            part(How::Piped),
+            spread(&figures(cell, How::Watched)),
+        ));
+    }
+    let mut growth: f64 = 1.0;
+    let mut part = |how: How| {
+        let first = short(median(&figures(&cells[0], how)) / 1e3);
+        let mut text = format!("{first:>6} us");
+        for cell in &cells[1..] {
+            let ratio = median(&ratios(cell, how));
+            growth = growth.max(ratio);
+            text += &format!(" {ratio:.2}x");
+        }
+        match cells {
+            [_, .., last] => text + &format!(" {:<12}", range(&ratios(last, how))),
+            _ => text,
+        }
+    };
+    let (time, cpu) = (part(How::Awaited), part(How::Piped));
+    let stalls = cells
+        .iter()
+        .map(|cell| short(median(&figures(cell, How::Watched))));
+    let stalls: Vec<String> = stalls.collect();
+    let verdict = if op.is_plain() || cells.len() == 1 {
+        String::new()
+    } else {
+        format!("; {}", FLAT.judge(growth, "x"))
+    };
+    page.line(format!(
+        "    {:<23}time {time} CPU time {cpu} stall {} ms{verdict}",
+        op.name(),
+        stalls.join(" "),
+    ));
+}
+
+/// The longest stall of any command, without what plain writes have in the same round.
+fn print_stalls(page: &mut Page, table: &Table, cells: &[Cell]) {
+    let stalls = |cell: &Cell, op: Op| cell.figures[&op][How::Watched as usize].clone();
+    let ops = table.ops.iter().filter(|op| !op.is_plain());
+    let longest = ops
+        .flat_map(|op| cells.iter().map(move |cell| (*op, cell)))
+        .map(|(op, cell)| {
+            let (own, plain) = (stalls(cell, op), stalls(cell, Op::Writes));
+            let added = median(&pairs(&own, &plain, |own, plain| own - plain));
+            (added, format!("{}, {}", op.name(), cell.name))
+        })
+        .max_by(|one, other| one.0.total_cmp(&other.0));
+    if let Some((added, whose)) = longest {
+        let verdict = STALL.judge(added, " ms");
+        page.line(format!(
+            "    longest stall of the module's making ({whose}): {verdict}"
+        ));
+    }
 }

@@ -4,18 +4,17 @@
 //!
 //! All are measured in turn, round after round, in one run; a figure is the
 //! median of the rounds, with the least and the most, and what counts are the
-//! ratios of a round's figures. Time is a client's that waits for each answer;
-//! CPU is the server's main thread's, for calls in pipelines of 32.
-//! Run it with `make bench`.
+//! ratios of a round's figures. Time is a client's that waits for each answer, the
+//! median call's; CPU is the server's main thread's, for calls in pipelines of 32.
+//! Run it with `make bench`; `MPOOL_BENCH_ROUNDS` (7) is how many rounds there are.
 
 mod common;
 
 use common::page::{Bar, Page};
 use common::support::{DAY, Options, Server};
-use common::{Link, extreme, median, mix, pack};
+use common::{Link, extreme, median, mix, pack, progress, range, setting, spread};
 use std::path::Path;
 
-const ROUNDS: usize = 7;
 const KEYS: usize = 1_000;
 const ACCOUNTS: usize = 1_000;
 /// So many that no account is ever full.
@@ -129,7 +128,7 @@ impl Side {
         let (waits, pipes) = (awaited.len() as f64, piped.len() as f64);
         let pid = self.server.pid();
         [
-            self.link.awaited(pid, awaited) / waits,
+            self.link.awaited(awaited) / waits,
             self.link.piped(pid, piped) / pipes,
         ]
     }
@@ -142,9 +141,6 @@ enum Command<'a> {
     Cool(&'a str, i64, i64),
     Page,
 }
-
-/// Which of the figures is that of pipelines.
-const PIPES: usize = 1;
 
 /// A contender's figures, a round each: time and CPU time, in ns.
 struct Row {
@@ -177,8 +173,8 @@ impl Table {
     }
 
     fn print(&self, page: &mut Page) {
-        page.line("");
-        page.line(self.what);
+        page.table("");
+        page.table(self.what);
         for row in &self.rows {
             let mut line = format!("  {:<30}", row.name);
             for (own, ratios) in row.figures.iter().zip(self.ratios(row)) {
@@ -190,7 +186,7 @@ impl Table {
                     extreme(&ratios, f64::max),
                 );
             }
-            page.line(line);
+            page.table(line);
         }
     }
 
@@ -203,11 +199,21 @@ impl Table {
         })
     }
 
-    /// Holds what the row costs in pipelines, as a multiple of the first row's, to a bar.
-    fn bar(&self, page: &mut Page, name: &str, bar: Bar) {
+    /// A line for what a row costs as a multiple of the first row's; its CPU time
+    /// in pipelines is held to the bar, if there is one.
+    fn compare(&self, page: &mut Page, name: &str, bar: Option<Bar>) {
         let row = self.rows.iter().find(|row| row.name == name).unwrap();
-        let what = format!("throughput in pipelines, of that of {name}");
-        page.bar(&what, median(&self.ratios(row)[PIPES]), bar, "x");
+        let [times, cpu] = self.ratios(row);
+        let what = format!("{}: {name}, of mpool's", self.what);
+        let verdict = match bar {
+            Some(bar) => bar.judge(median(&cpu), "x"),
+            None => format!("{:.2}x", median(&cpu)),
+        };
+        page.line(format!(
+            "  {what:<70} CPU time {verdict} {}, time {}x",
+            range(&cpu),
+            spread(&times),
+        ));
     }
 }
 
@@ -337,6 +343,8 @@ fn lose_all<'a>(keys: &'a [String], accounts: &'a [String], now: i64) -> Vec<Com
     all
 }
 
+const HMGET: &str = "HMGET of two fields";
+const PING: &str = "PING";
 const LUA: &str = "Lua peer";
 const CEILING: &str = "ceiling: the same map alone";
 /// How the tables of an ACQUIRE that must choose begin.
@@ -347,7 +355,7 @@ fn main() {
     let mut bench = Bench::new();
     let mut current = Table::new(
         "ACQUIRE of a current lease",
-        &["mpool", CEILING, "HMGET of two fields", "PING", LUA],
+        &["mpool", CEILING, HMGET, PING, LUA],
     );
     let mut others = [
         (
@@ -391,8 +399,9 @@ fn main() {
             },
         ),
     ];
-    for round in 1..=ROUNDS {
-        eprintln!("module: round {round} of {ROUNDS}");
+    let rounds: usize = setting("ROUNDS", 7);
+    for round in 1..=rounds {
+        progress(&format!("module: round {round} of {rounds}"));
         bench.current(&mut current);
         for (table, work) in &mut others {
             bench.laps(table, work);
@@ -400,20 +409,21 @@ fn main() {
     }
     let mut page = Page::new("Commands of the module", &[]);
     page.line(format!(
-        "{KEYS} keys, {ACCOUNTS} accounts; medians of {ROUNDS} rounds (least-most of the ratios to mpool's)"
+        "{KEYS} keys, {ACCOUNTS} accounts; medians of {rounds} rounds (least-most) of what the others cost as multiples of mpool's"
     ));
-    page.line(format!(
-        "  {:<30}{:<34}pipelines of 32: server CPU",
+    page.table(format!(
+        "  {:<30}{:<34}pipelines of 32: server's CPU time",
         "", "   each answer awaited: time"
     ));
     current.print(&mut page);
-    current.bar(&mut page, CEILING, Bar::AtLeast(0.9));
-    current.bar(&mut page, LUA, Bar::AtLeast(4.0));
+    current.compare(&mut page, CEILING, Some(Bar::AtLeast(0.9)));
+    current.compare(&mut page, HMGET, None);
+    current.compare(&mut page, PING, None);
+    current.compare(&mut page, LUA, Some(Bar::AtLeast(4.0)));
     for (table, _) in &others {
         table.print(&mut page);
-        if table.what.starts_with(CHOOSES) {
-            table.bar(&mut page, LUA, Bar::AtLeast(3.0));
-        }
+        let chooses = table.what.starts_with(CHOOSES);
+        table.compare(&mut page, LUA, chooses.then_some(Bar::AtLeast(3.0)));
     }
     page.save();
 }

@@ -17,7 +17,7 @@ mod common;
 use common::page::{Bar, Page};
 use common::probe::{Probe, Stall, stall_of};
 use common::support::{DAY, Options, Server, bearer, wait_long};
-use common::{Link, median, mix, pack, pairs, range, setting, spread};
+use common::{Link, median, mix, pack, pairs, progress, range, setting, spread};
 use std::fs;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -200,7 +200,10 @@ impl Bench {
         count(0);
         let [mut arrival, mut rescan, mut leaving] = [(); 3].map(|()| Stalls::default());
         for round in 1..=self.rounds {
-            eprintln!("stalls: account files, round {round} of {}", self.rounds);
+            progress(&format!(
+                "stalls: account files, round {round} of {}",
+                self.rounds
+            ));
             both(&server, &idle, &mut arrival, || {
                 fs::remove_dir(&folder).unwrap();
                 fs::rename(&aside, &folder).unwrap();
@@ -227,10 +230,10 @@ impl Bench {
         );
         let mut stalls = Stalls::default();
         for round in 1..=self.rounds {
-            eprintln!(
+            progress(&format!(
                 "stalls: {} keys, round {round} of {}",
                 self.keys, self.rounds
-            );
+            ));
             for server in [&server, &other] {
                 server.connect().ok(&["FLUSHALL", "SYNC"]);
             }
@@ -266,7 +269,7 @@ impl Bench {
         let lending = self.keys.min(PROMOTED);
         for round in 1..=self.rounds {
             for (place, replica) in replicas.iter().enumerate() {
-                eprintln!("stalls: promotion {round} of {}", self.rounds);
+                progress(&format!("stalls: promotion {round} of {}", self.rounds));
                 let mut client = replica.connect();
                 let port = primary.port.to_string();
                 client.ok(&["REPLICAOF", primary.host(), &port]);
@@ -303,7 +306,7 @@ impl Bench {
         let (mut times, mut memory) = ([vec![], vec![]], [vec![], vec![]]);
         let (mut during, mut after) = (Stalls::default(), Stalls::default());
         for round in 1..=self.rounds {
-            eprintln!("stalls: load {round} of {}", self.rounds);
+            progress(&format!("stalls: load {round} of {}", self.rounds));
             for place in [0, 1] {
                 server.kill();
                 server.set_bare(place == 1);

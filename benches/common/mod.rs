@@ -12,7 +12,7 @@ pub mod probe;
 pub mod support;
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, IsTerminal, Read, Write};
 use std::net::TcpStream;
 use std::str::FromStr;
 use std::time::Instant;
@@ -28,6 +28,15 @@ pub fn median(figures: &[f64]) -> f64 {
 
 pub fn extreme(figures: &[f64], pick: fn(f64, f64) -> f64) -> f64 {
     figures.iter().copied().reduce(pick).unwrap_or_default()
+}
+
+/// Says what is going on: on a terminal in a line that the page then replaces.
+pub fn progress(text: &str) {
+    if !std::io::stderr().is_terminal() {
+        eprintln!("{text}");
+    } else {
+        eprint!("\r\x1b[K{text}\r");
+    }
 }
 
 /// The median, with the least and the most.
@@ -150,13 +159,20 @@ impl Link {
         (cpu_time(pid) - before) as f64
     }
 
-    /// Time for the calls, in ns, of a client that waits for each answer.
-    pub fn awaited(&mut self, _pid: u32, calls: Vec<Vec<u8>>) -> f64 {
-        let start = Instant::now();
+    /// Time for the calls, in ns, of a client that waits for each answer: the
+    /// median call's for each, as a pause of the machine's would cost many.
+    pub fn awaited(&mut self, calls: Vec<Vec<u8>>) -> f64 {
+        self.awaited_each(calls, 1)
+    }
+
+    pub fn awaited_each(&mut self, calls: Vec<Vec<u8>>, replies: usize) -> f64 {
+        let mut times = Vec::with_capacity(calls.len());
         for mut call in calls {
-            self.flush(&mut call, &mut 1);
+            let start = Instant::now();
+            self.flush(&mut call, &mut { replies });
+            times.push(start.elapsed().as_nanos() as f64);
         }
-        start.elapsed().as_nanos() as f64
+        median(&times) * times.len() as f64
     }
 }
 

@@ -5,6 +5,7 @@
 //! the tables are there alone, and what is printed fits one page.
 
 use std::fmt::Write;
+use std::io::IsTerminal;
 use std::path::Path;
 use std::process::Command;
 use std::{env, fs};
@@ -62,6 +63,10 @@ impl Page {
 
     /// A line of the page.
     pub fn line(&mut self, text: impl AsRef<str>) {
+        // A line of progress is shorter than that of the page only by chance.
+        if std::io::stderr().is_terminal() {
+            super::progress("");
+        }
         println!("{}", text.as_ref().trim_end());
         writeln!(self.text, "{}", text.as_ref().trim_end()).unwrap();
     }

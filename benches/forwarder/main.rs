@@ -32,7 +32,7 @@ mod upstream;
 
 use common::page::{Bar, Page, output};
 use common::support::{Client, Options, Server, wait_for};
-use common::{median, pairs, setting, spread};
+use common::{median, pairs, progress, setting, spread};
 use proxies::Proxy;
 use std::fs;
 use std::io::{Read, Write};
@@ -213,7 +213,7 @@ fn main() {
     }
     for kind in [Kind::Short, Kind::Stream] {
         for &count in &connections {
-            eprintln!("forwarder: {}, {count} connections", kind.name());
+            progress(&format!("forwarder: {}, {count} connections", kind.name()));
             bench.rounds(kind, count, rounds);
             bench.print_table(&mut page, kind, count);
         }
