@@ -290,7 +290,7 @@ impl Bench {
                 is_right.then_some(())
             });
             // The connections to the upstream are made now.
-            let seconds = self.seconds_for(&self.targets[place], connections);
+            let seconds = self.seconds_for(&self.targets[place], kind, connections);
             self.wrk(kind, port, connections, seconds.div_ceil(2));
             self.drain(place);
         }
@@ -309,9 +309,13 @@ impl Bench {
     }
 
     /// LiteLLM takes seconds for an answer where there are many clients.
-    fn seconds_for(&self, target: &Target, connections: u32) -> u32 {
+    fn seconds_for(&self, target: &Target, kind: Kind, connections: u32) -> u32 {
+        let more = match kind {
+            Kind::Short => connections / 50,
+            Kind::Stream => connections / 25,
+        };
         match &*target.name {
-            LITELLM => 2 * self.seconds + connections / 50,
+            LITELLM => 2 * self.seconds + more,
             _ => self.seconds,
         }
     }
@@ -334,7 +338,7 @@ impl Bench {
     fn measure(&mut self, place: usize, kind: Kind, connections: u32) {
         let target = &self.targets[place];
         let (port, pids) = (target.port, target.pids.clone());
-        let seconds = self.seconds_for(target, connections);
+        let seconds = self.seconds_for(target, kind, connections);
         let lookups = self.lookups();
         let redis = cpu_time(self.redis);
         let cpu: f64 = pids.iter().map(|&pid| cpu_time(pid)).sum();
@@ -372,8 +376,11 @@ impl Bench {
                 percentile(&streams.whole, 0.5),
                 percentile(&streams.whole, 0.99),
             ),
+            // Of no answers there are no times.
+            _ if requests == 0.0 => (0.0, f64::NAN, f64::NAN),
             _ => (requests * 1e6 / micros, p50, p99),
         };
+        let all = if rate > 0.0 { all } else { f64::NAN };
         target
             .samples
             .push([rate, p50, p99, first, last, cpu / all, redis / all]);
@@ -454,6 +461,8 @@ impl Bench {
                     });
                 }
                 let is_missing = number >= CPU && target.pids.is_empty()
+                    // Nothing was answered.
+                    || figures.iter().any(|figure| figure.is_nan())
                     || (FIRST..CPU).contains(&number) && matches!(kind, Kind::Short);
                 let text = if is_missing {
                     "-".to_owned()
