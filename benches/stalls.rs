@@ -108,6 +108,9 @@ fn options(bare: bool, keys: usize) -> Options {
         .module(&["slots-per-account", &slots])
 }
 
+/// One of a stall's figures.
+type Part = fn(&Stall) -> f64;
+
 /// The longest stalls of something, a round each: with the module and without.
 #[derive(Default)]
 struct Stalls([Vec<Stall>; 2]);
@@ -117,7 +120,7 @@ impl Stalls {
         self.0[place].push(stall);
     }
 
-    fn figures(&self, of: fn(&Stall) -> f64) -> [Vec<f64>; 2] {
+    fn figures(&self, of: Part) -> [Vec<f64>; 2] {
         self.0
             .each_ref()
             .map(|stalls| stalls.iter().map(of).collect())
@@ -152,7 +155,7 @@ fn main() {
 impl Bench {
     /// Prints what was seen, and holds what the module adds to the bar.
     fn report(&mut self, what: &str, stalls: &Stalls) {
-        let kinds: [(&str, fn(&Stall) -> f64); 3] = [
+        let kinds: [(&str, Part); 3] = [
             ("round trip", |stall| stall.trip),
             ("without waits for a processor", |stall| stall.own),
             ("CPU of the main thread", |stall| stall.cpu),
