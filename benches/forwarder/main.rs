@@ -11,9 +11,9 @@
 //! it. All share the machine, so throughput is what its cores give to everyone
 //! together.
 //!
-//! LiteLLM knows the client by its one master key, which is quicker than virtual
-//! keys in a database would be: its database client fetches a program from
-//! elsewhere than PyPI when it is installed.
+//! LiteLLM knows the client by its master key instead of a virtual key, and looks
+//! none up: its database client fetches a program from elsewhere than PyPI when it
+//! is installed.
 //!
 //! Run it with `make bench`. In the environment:
 //! - `MPOOL_BENCH_SECONDS`: how long one measurement takes (2); LiteLLM's twice that and more
@@ -207,7 +207,7 @@ fn main() {
     page.line("the forwarder's throughput and CPU time per request as parts of nginx's, its added p99 as part of nginx's added p99, its throughput as multiple of LiteLLM's");
     if is_wanted(LITELLM) {
         page.line(match proxies::venv() {
-            Some(_) => "LiteLLM with a master key: virtual keys in a database would make it slower",
+            Some(_) => "LiteLLM with its master key instead of virtual keys: it looks none up in a database",
             None => "LiteLLM is not measured: scripts/install-deps could not install it",
         });
     }
