@@ -2,7 +2,7 @@
 
 use super::{KEY, NOW, ReplyExt, SYNTAX};
 use crate::errors::Failure;
-use crate::ffi::{Arg, ArgKind, Call, Command, Reply, Spec};
+use crate::ffi::{Arg, ArgKind, Call, Command, Spec};
 use crate::node::{self, Node};
 use crate::pool::{Decision, Refusal};
 use secrecy::ExposeSecret;
@@ -29,62 +29,70 @@ impl Command for Acquire {
 }
 
 fn run(call: &Call<'_>) -> Result<(), Failure> {
-    let key = super::key(call, 1)?;
+    let key = super::unchecked_key(call, 1);
     let now = super::now(call.arg(2))?;
     let with_token = match call.arg(3) {
         None => false,
         Some(word) if call.len() == 4 && word.eq_ignore_ascii_case(b"WITHTOKEN") => true,
         Some(_) => return Err(SYNTAX),
     };
-    node::prepare(&call.ctx)?;
-    acquire(call, key, now, with_token)
-}
-
-fn acquire(call: &Call<'_>, key: &str, now: i64, with_token: bool) -> Result<(), Failure> {
+    node::refresh(&call.ctx)?;
+    let mut prepared = false;
     loop {
-        let decided = node::with(|node| -> Result<Option<Decision>, Failure> {
-            let decision = node.pool.acquire(key, now, &mut node.choice)?;
-            if with_token && node.pool.credential(decision.account).is_none() {
-                return Err(Failure::NoToken);
+        // One look at the node is all that a current lease takes.
+        let step = node::with(|node| {
+            let behind = node.pool.has_backlog();
+            if behind && !std::mem::replace(&mut prepared, true) {
+                return Ok(Step::Settle);
             }
-            if decision.effects.is_empty() {
-                node.counters.granted(decision.state);
-                reply(&call.reply(), node, &decision, with_token);
-                return Ok(None);
-            }
-            Ok(Some(decision))
-        })?;
-        let decision = match decided {
-            Ok(None) => return Ok(()),
-            Ok(Some(chosen)) => chosen,
-            Err(failure) => {
-                let full = matches!(
-                    failure,
-                    Failure::Refused(Refusal::PoolFull { .. } | Refusal::NoAccount { .. })
-                );
-                // What is still to be put right may hold the slot that is missing.
-                if full && node::with(|node| node.pool.has_backlog())? {
-                    node::settle(&call.ctx, node::SETTLE_LIMIT)?;
-                    continue;
+            match node.pool.acquire(key, now, &mut node.choice) {
+                Ok(decision) if with_token && node.pool.credential(decision.account).is_none() => {
+                    Err(Failure::NoToken)
                 }
-                return Err(failure);
+                Ok(decision) if decision.effects.is_empty() => {
+                    grant(call, node, &decision, with_token);
+                    Ok(Step::Done)
+                }
+                Ok(decision) => Ok(Step::Write(decision)),
+                // What is still to be put right may hold the slot that is missing.
+                Err(Refusal::PoolFull { .. } | Refusal::NoAccount { .. }) if behind => {
+                    Ok(Step::Settle)
+                }
+                Err(Refusal::NoKey) => super::client_key(key).and(Err(Refusal::NoKey.into())),
+                Err(refusal) => Err(refusal.into()),
             }
-        };
-        node::apply_unless_full(&call.ctx, &decision.effects)?;
-        return node::with(|node| {
-            node.counters.granted(decision.state);
-            reply(&call.reply(), node, &decision, with_token);
-        });
+        })??;
+        match step {
+            Step::Done => return Ok(()),
+            Step::Settle => drop(node::settle(&call.ctx, node::SETTLE_LIMIT)?),
+            Step::Write(decision) => {
+                node::apply_unless_full(&call.ctx, &decision.effects)?;
+                return node::with(|node| grant(call, node, &decision, with_token));
+            }
+        }
     }
 }
 
-fn reply(reply: &Reply, node: &Node, decision: &Decision, with_token: bool) {
-    let credential = node
-        .pool
-        .credential(decision.account)
-        .filter(|_| with_token);
+/// What comes after a look at the pool.
+enum Step {
+    Done,
+    /// Things are to be put right first.
+    Settle,
+    /// The decision is to be made true.
+    Write(Decision),
+}
+
+fn grant(call: &Call<'_>, node: &mut Node, decision: &Decision, with_token: bool) {
+    node.counters.granted(decision.state);
+    let account = decision.account;
+    let credential = if with_token {
+        node.pool.credential(account)
+    } else {
+        None
+    };
+    let reply = call.reply();
     reply.map(if credential.is_some() { 7 } else { 5 });
-    reply.field_bytes("account", node.pool.account_bytes(decision.account));
+    reply.field_bytes("account", node.pool.account_bytes(account));
     reply.field_text("state", Some(decision.state.name()));
     let previous = decision.previous;
     reply.field_bytes(

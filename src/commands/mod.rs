@@ -47,9 +47,18 @@ const SYNTAX: Failure = Failure::Syntax("syntax error; COMMAND DOCS shows what t
 
 /// A client key. It is kept out of the server's logs from here on.
 fn key<'a>(call: &Call<'a>, place: usize) -> Result<&'a str, Failure> {
+    client_key(unchecked_key(call, place))
+}
+
+/// The same, whatever it is: where the pool is asked for it at once, it need
+/// be looked at only when the pool doesn't know it.
+fn unchecked_key<'a>(call: &Call<'a>, place: usize) -> &'a [u8] {
     call.redact(place);
-    let key = call.arg(place).and_then(names::client_key);
-    key.ok_or(Failure::Syntax(
+    call.arg(place).unwrap_or_default()
+}
+
+fn client_key(bytes: &[u8]) -> Result<&str, Failure> {
+    names::client_key(bytes).ok_or(Failure::Syntax(
         "a client key is 1 to 256 visible ASCII characters",
     ))
 }
@@ -87,16 +96,14 @@ fn instant(bytes: Option<&[u8]>) -> Result<i64, Failure> {
 
 /// A decimal number within bounds, without sign or blanks.
 fn number(bytes: Option<&[u8]>, min: i64, max: i64) -> Option<i64> {
-    let digits = bytes.filter(|digits| !digits.is_empty())?;
-    let mut number = 0_i64;
-    for digit in digits {
+    // So many always fit, and bytes that are no digits with them.
+    let digits = bytes.filter(|digits| (1..=17).contains(&digits.len()))?;
+    let add = |(number, all), digit: &u8| {
         let digit = digit.wrapping_sub(b'0');
-        if digit > 9 {
-            return None;
-        }
-        number = number.checked_mul(10)?.checked_add(digit.into())?;
-    }
-    (min..=max).contains(&number).then_some(number)
+        (number * 10 + i64::from(digit), all & (digit <= 9))
+    };
+    let (number, all) = digits.iter().fold((0, true), add);
+    (all && (min..=max).contains(&number)).then_some(number)
 }
 
 fn tier(bytes: Option<&[u8]>) -> Result<Tier, Failure> {

@@ -15,12 +15,19 @@ impl AccountId {
     pub(super) const LAST: Self = Self(NonZeroU32::MAX);
 
     pub(super) fn new(slot: usize) -> Option<Self> {
-        let number = u32::try_from(slot).ok()?.checked_add(1)?;
-        NonZeroU32::new(number).map(Self)
+        u32::try_from(slot).ok().and_then(Self::from_number)
+    }
+
+    pub(super) fn from_number(number: u32) -> Option<Self> {
+        number.checked_add(1).and_then(NonZeroU32::new).map(Self)
     }
 
     pub(super) fn slot(self) -> usize {
         self.0.get() as usize - 1
+    }
+
+    pub(super) fn number(self) -> u32 {
+        self.0.get() - 1
     }
 
     /// The number that follows this one, as a cursor over accounts.
@@ -52,14 +59,6 @@ pub(crate) enum Stored {
     Garbage,
 }
 
-/// An account that isn't lent for a while.
-#[derive(Clone, Debug, PartialEq, Eq, Default)]
-pub(crate) struct Cooldown {
-    /// Unix ms from which on the account is lent again; 0: it is not cooling.
-    pub(crate) until: i64,
-    pub(crate) reason: Option<Box<str>>,
-}
-
 /// Why an account is or isn't lent at an instant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Class {
@@ -69,13 +68,6 @@ pub(crate) enum Class {
     Invalid,
     Unknown,
     Absent,
-}
-
-impl Cooldown {
-    /// Whether there is one on record, past or not.
-    pub(crate) fn is_set(&self) -> bool {
-        self.until > 0
-    }
 }
 
 impl Class {
@@ -90,18 +82,25 @@ impl Class {
     }
 }
 
+/// What each acquire looks at comes first and lies together: with many accounts,
+/// memory that isn't at hand is most of what a look costs.
 #[derive(Debug)]
+#[repr(C, align(64))]
 pub(super) struct Account {
-    pub(super) tier: Tier,
     pub(super) name: Text<24>,
-    pub(super) file: File,
     /// Unix ms from which on a good file's token is worth nothing; `i64::MAX`:
-    /// it has no end. Here because every choice looks at it.
-    pub(super) token_end: i64,
-    pub(super) cooldown: Cooldown,
+    /// it has no end. `i64::MIN`: there is no good file.
+    token_end: i64,
+    /// Unix ms from which on the account is lent again; 0: it is not cooling.
+    pub(super) cools_until: i64,
+    pub(super) stored: Stored,
+    // The second line begins here.
+    pub(super) tier: Tier,
+    pub(super) file: File,
+    /// Why it is cooling, on record as long as the cooldown, past or not.
+    pub(super) reason: Option<Box<str>>,
     /// The keys that hold a slot, in no order.
     pub(super) holders: SmallVec<[KeyId; 4]>,
-    pub(super) stored: Stored,
     /// Keys that name the account without holding a slot of it: as the one
     /// they are bound to or had before. The account stays while there are any.
     pub(super) refs: u32,
@@ -117,13 +116,14 @@ pub(super) struct Account {
 impl Account {
     pub(super) fn new(tier: Tier, name: &str, file: File) -> Self {
         let mut account = Self {
-            tier,
             name: name.into(),
-            file: File::Unknown,
-            token_end: i64::MAX,
-            cooldown: Cooldown::default(),
-            holders: SmallVec::new(),
+            token_end: i64::MIN,
+            cools_until: 0,
             stored: Stored::Absent,
+            tier,
+            file: File::Unknown,
+            reason: None,
+            holders: SmallVec::new(),
             refs: 0,
             class: Class::Absent,
             in_bucket: false,
@@ -136,7 +136,7 @@ impl Account {
     pub(super) fn set_file(&mut self, file: File) {
         self.token_end = match &file {
             File::Valid(credential) => credential.expires_at.unwrap_or(i64::MAX),
-            File::Unknown | File::Invalid(_) | File::Absent => i64::MAX,
+            File::Unknown | File::Invalid(_) | File::Absent => i64::MIN,
         };
         self.file = file;
     }
@@ -146,22 +146,35 @@ impl Account {
         self.holders.len() as u64
     }
 
+    /// Whether there is an end of a cooldown on record, past or not.
+    pub(super) fn is_cooled(&self) -> bool {
+        self.cools_until > 0
+    }
+
+    /// Whether there is anything of a cooldown on record.
+    pub(super) fn has_cooldown(&self) -> bool {
+        self.cools_until != 0 || self.reason.is_some()
+    }
+
     pub(super) fn class_at(&self, now: i64) -> Class {
+        if now < self.token_end {
+            return if self.is_cooled() && self.cools_until > now {
+                Class::Cooling
+            } else {
+                Class::Lendable
+            };
+        }
         match &self.file {
             File::Unknown => Class::Unknown,
             File::Absent => Class::Absent,
             File::Invalid(_) => Class::Invalid,
-            File::Valid(_) if self.token_end <= now => Class::Expired,
-            File::Valid(_) if self.cooldown.is_set() && self.cooldown.until > now => Class::Cooling,
-            File::Valid(_) => Class::Lendable,
+            File::Valid(_) => Class::Expired,
         }
     }
 
     /// Whether the keyspace says anything of the account itself.
     pub(super) fn is_recorded(&self) -> bool {
-        !self.holders.is_empty()
-            || self.stored != Stored::Absent
-            || self.cooldown != Cooldown::default()
+        !self.holders.is_empty() || self.stored != Stored::Absent || self.has_cooldown()
     }
 
     /// Whether nothing is known of the account that would be lost with it.

@@ -13,9 +13,13 @@ impl Pool {
         let mut due = BTreeSet::new();
         let mut holders: BTreeMap<AccountId, BTreeSet<KeyId>> = BTreeMap::new();
         let mut refs: BTreeMap<AccountId, u32> = BTreeMap::new();
-        for (slot, key) in &self.keys {
+        for (slot, key) in self.keys.iter() {
             let id = KeyId::new(slot).unwrap();
-            assert_eq!(self.find_key(&key.name), Some(id), "a key can't be found");
+            assert_eq!(
+                self.find_key(key.name.bytes()),
+                Some(id),
+                "a key can't be found"
+            );
             if let Some(account) = key.holds {
                 due.insert((key.due(), id));
                 holders.entry(account).or_default().insert(id);
@@ -30,7 +34,7 @@ impl Pool {
         assert_eq!(self.account_names.len(), self.accounts.len());
 
         let mut tiers: [TierIndex; 3] = std::array::from_fn(|_| TierIndex::new(self.capacity));
-        for (slot, account) in &self.accounts {
+        for (slot, account) in self.accounts.iter() {
             let id = AccountId::new(slot).unwrap();
             let name: &str = &account.name;
             assert_eq!(
@@ -70,8 +74,8 @@ impl Pool {
                 index.stale.insert(id);
             }
             if let File::Valid(credential) = &account.file {
-                if account.cooldown.is_set() {
-                    index.cooldowns.insert((account.cooldown.until, id));
+                if account.is_cooled() {
+                    index.cooldowns.insert((account.cools_until, id));
                 }
                 index
                     .expiries
@@ -112,7 +116,7 @@ impl Pool {
                 assert_eq!(kept.len(), counted.len(), "a bucket holds leftovers");
             }
         }
-        for (slot, key) in &self.keys {
+        for (slot, key) in self.keys.iter() {
             let off = self.key_is_off(KeyId::new(slot).unwrap());
             assert!(!off || key.queued, "a key is off and nobody knows");
         }

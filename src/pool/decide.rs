@@ -94,7 +94,7 @@ impl Pool {
     /// chosen, ties by `choice`, not the key's last account while another ties.
     pub(crate) fn acquire(
         &mut self,
-        name: &str,
+        name: &[u8],
         now: i64,
         choice: &mut Choice,
     ) -> Result<Decision, Refusal> {
@@ -342,7 +342,7 @@ impl Pool {
     /// Gives up the key's slot, if it holds one. With `now`, what is overdue
     /// then is freed too.
     pub(crate) fn release(&mut self, name: &str, now: Option<i64>) -> Result<Freed, Refusal> {
-        let id = self.find_key(name).ok_or(Refusal::NoKey)?;
+        let id = self.find_key(name.as_bytes()).ok_or(Refusal::NoKey)?;
         let key = self
             .key(id)
             .filter(|key| key.standing != Standing::Unregistered);
@@ -360,7 +360,7 @@ impl Pool {
 
     /// Deactivates the key and gives up its slot.
     pub(crate) fn revoke(&self, name: &str) -> Result<Freed, Refusal> {
-        let id = self.find_key(name).ok_or(Refusal::NoKey)?;
+        let id = self.find_key(name.as_bytes()).ok_or(Refusal::NoKey)?;
         let key = self.key(id).ok_or(Refusal::NoKey)?;
         let mut freed = Freed::default();
         match key.standing {

@@ -223,8 +223,8 @@ impl Pool {
                 ends.remove(&(end, id));
             }
         };
-        if account.cooldown.is_set() {
-            keep(&mut index.cooldowns, account.cooldown.until);
+        if account.is_cooled() {
+            keep(&mut index.cooldowns, account.cools_until);
         }
         if let Some(end) = credential.expires_at {
             keep(&mut index.expiries, end);

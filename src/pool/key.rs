@@ -9,7 +9,8 @@ pub(crate) struct KeyId(u32);
 
 impl KeyId {
     pub(super) fn new(slot: usize) -> Option<Self> {
-        u32::try_from(slot).ok().map(Self)
+        let number = u32::try_from(slot).ok()?;
+        (number != u32::MAX).then_some(Self(number))
     }
 
     pub(super) const fn slot(self) -> usize {
@@ -70,7 +71,9 @@ pub(super) enum Standing {
 /// The absence of an instant in [`Key`]; half the size of an `Option`.
 pub(super) const NEVER: i64 = i64::MIN;
 
+/// Two cache lines, which is what a look at a key costs.
 #[derive(Debug)]
+#[repr(align(64))]
 pub(super) struct Key {
     pub(super) name: Text<76>,
     /// Unix ms from which on the key is refused; `i64::MAX`: it does not end.

@@ -8,6 +8,7 @@
 //! and the account files ([`Pool::set_file`]) now say.
 //!
 //! - `view`: bringing observations in
+//! - `directory`, `slab`: things by name and by number
 //! - `index`: the orders that keep every decision cheap
 //! - `decide`: what commands do
 //! - `choice`: how ties are broken
@@ -17,10 +18,12 @@
 mod account;
 mod choice;
 mod decide;
+mod directory;
 mod index;
 mod key;
 pub(crate) mod names;
 mod settle;
+mod slab;
 mod status;
 mod text;
 mod tier;
@@ -35,7 +38,7 @@ mod states;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use account::{AccountId, Cooldown, File, Stored};
+pub(crate) use account::{AccountId, File, Stored};
 pub(crate) use choice::Choice;
 pub(crate) use decide::{Decision, Refusal, State};
 pub(crate) use index::Tally;
@@ -44,7 +47,8 @@ pub(crate) use status::{AccountStatus, LeaseCursor, LeaseStatus, Summary};
 pub(crate) use tier::Tier;
 
 use account::Account;
-use hashbrown::{DefaultHashBuilder, HashTable};
+use directory::Directory;
+use hashbrown::DefaultHashBuilder;
 use index::TierIndex;
 use key::Key;
 use slab::Slab;
@@ -121,9 +125,9 @@ pub(crate) struct Pool {
     capacity: u32,
     rotation_ms: i64,
     keys: Slab<Key>,
-    key_names: HashTable<KeyId>,
+    key_names: Directory,
     accounts: Slab<Account>,
-    account_names: HashTable<AccountId>,
+    account_names: Directory,
     hasher: DefaultHashBuilder,
     /// The accounts of the latest decision, which the keyspace will name next.
     recent: [Option<AccountId>; 2],
@@ -163,9 +167,9 @@ impl Pool {
             capacity,
             rotation_ms,
             keys: Slab::new(),
-            key_names: HashTable::new(),
+            key_names: Directory::new(),
             accounts: Slab::new(),
-            account_names: HashTable::new(),
+            account_names: Directory::new(),
             hasher: DefaultHashBuilder::default(),
             recent: [None; 2],
             places: Vec::new(),

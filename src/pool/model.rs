@@ -2,8 +2,7 @@
 //! it, as naively as possible: no index, everything counted anew.
 
 use super::{
-    Choice, Cooldown, Decision, Effect, File, KeyRecord, Pool, Refusal, Rotation, State, Stored,
-    Tier,
+    Choice, Decision, Effect, File, KeyRecord, Pool, Refusal, Rotation, State, Stored, Tier,
 };
 use crate::accounts::Credential;
 use std::collections::{BTreeMap, BTreeSet};
@@ -12,6 +11,13 @@ pub(super) fn credential(expires_at: Option<i64>) -> Credential {
     let mut credential = crate::accounts::parse::parse(br#"{"access_token":"t"}"#).unwrap();
     credential.expires_at = expires_at;
     credential
+}
+
+/// The two keys of an account's cooldown.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub(super) struct Cooldown {
+    pub(super) until: i64,
+    pub(super) reason: Option<Box<str>>,
 }
 
 /// A `client_keys:` hash.
@@ -252,7 +258,7 @@ impl World {
         choice: &mut Choice,
     ) -> Result<Decision, Refusal> {
         self.settle();
-        let decision = self.pool.acquire(key, now, choice)?;
+        let decision = self.pool.acquire(key.as_bytes(), now, choice)?;
         self.carry_out(&decision.effects);
         Ok(decision)
     }

@@ -162,8 +162,7 @@ impl Pool {
         let Some(account) = self.account(id) else {
             return false;
         };
-        let leftover =
-            account.class == Class::Absent && account.cooldown != super::Cooldown::default();
+        let leftover = account.class == Class::Absent && account.has_cooldown();
         leftover || self.excess(account) > 0 || self.due_count(id) != Some(account.stored)
     }
 

@@ -7,8 +7,8 @@
 //! at names, save to choose between equals, and of those each is tried. Nor
 //! does any look at when a lease began that is over and done with.
 
-use super::model::{Expected, Lease, Record, World, credential};
-use super::{Choice, Cooldown, Refusal, Stored, Tier};
+use super::model::{Cooldown, Expected, Lease, Record, World, credential};
+use super::{Choice, Refusal, Stored, Tier};
 use std::collections::{BTreeSet, HashSet};
 
 const DAY: i64 = 86_400_000;

@@ -147,7 +147,7 @@ impl Pool {
         let start = usize::try_from(cursor).unwrap_or(usize::MAX);
         let mut rows = Vec::new();
         let mut last = None;
-        for slot in start..self.accounts.capacity() {
+        for slot in start..self.accounts.end() {
             let Some(account) = self.accounts.get(slot) else {
                 continue;
             };
@@ -169,10 +169,11 @@ impl Pool {
         let (state, reason, until) = match (&account.file, class) {
             (File::Invalid(reason), _) => ("invalid", Some(*reason), None),
             (File::Valid(credential), Class::Expired) => ("expired", None, credential.expires_at),
-            (_, Class::Cooling) => {
-                let cooldown = &account.cooldown;
-                ("cooldown", cooldown.reason.as_deref(), Some(cooldown.until))
-            }
+            (_, Class::Cooling) => (
+                "cooldown",
+                account.reason.as_deref(),
+                Some(account.cools_until),
+            ),
             (_, Class::Lendable) if used == 0 => ("available", None, None),
             (_, Class::Lendable) if used < slots => ("partial", None, None),
             (_, Class::Lendable) => ("full", None, None),
@@ -243,7 +244,7 @@ impl Pool {
 
     /// One registered key in full, at `now` (unix ms).
     pub(crate) fn key_status(&self, name: &str, now: i64) -> Option<KeyStatus<'_>> {
-        let key = self.key(self.find_key(name)?)?;
+        let key = self.key(self.find_key(name.as_bytes())?)?;
         let mut flaw = None;
         let state = match key.standing {
             Standing::Unregistered => return None,

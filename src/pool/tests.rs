@@ -1,8 +1,8 @@
 //! The rules: case by case, and under thousands of random sequences against
 //! the naive model of `model`.
 
-use super::model::{Expected, Lease, Record, World, credential};
-use super::{Choice, Cooldown, Refusal, SWEEP_LIMIT, State, Stored, Tier};
+use super::model::{Cooldown, Expected, Lease, Record, World, credential};
+use super::{Choice, Refusal, SWEEP_LIMIT, State, Stored, Tier};
 use proptest::prelude::*;
 use rand::SeedableRng;
 use rand::rngs::SmallRng;

@@ -20,8 +20,8 @@ impl<const N: usize> Text<N> {
     }
 
     /// Whether this is that text; cheaper than to look at it as one.
-    pub(super) fn is(&self, text: &str) -> bool {
-        *self.0 == *text.as_bytes()
+    pub(super) fn is(&self, text: &[u8]) -> bool {
+        *self.0 == *text
     }
 }
 

@@ -3,19 +3,19 @@
 
 use super::account::Account;
 use super::key::{Key, NEVER, Standing};
-use super::{AccountId, Cooldown, File, Item, KeyId, KeyRecord, Pool, Rotation, Stored, Tier};
+use super::{AccountId, File, Item, KeyId, KeyRecord, Pool, Rotation, Stored, Tier};
 use std::collections::BTreeSet;
-use std::hash::BuildHasher;
+use std::hash::{BuildHasher, Hasher};
 
 /// What a view says of a key, but for numbers that another view has otherwise.
 type KeyFacts<'a> = ((Standing, Tier, i64, i64, i64, bool), [Option<&'a str>; 3]);
 /// The same of an account.
-type AccountFacts<'a> = (Stored, &'a Cooldown, u32, BTreeSet<&'a str>);
+type AccountFacts<'a> = (Stored, i64, Option<&'a str>, u32, BTreeSet<&'a str>);
 
 impl Pool {
     /// A client key's record is now this, or gone.
     pub(crate) fn observe_key(&mut self, name: &str, record: Option<KeyRecord<'_>>) {
-        if record.is_none() && self.find_key(name).is_none() {
+        if record.is_none() && self.find_key(name.as_bytes()).is_none() {
             return;
         }
         let Some(id) = self.intern_key(name) else {
@@ -62,7 +62,7 @@ impl Pool {
 
     /// A client key's lease is now this, or gone.
     pub(crate) fn observe_rotation(&mut self, name: &str, rotation: Option<Rotation<'_>>) {
-        if rotation.is_none() && self.find_key(name).is_none() {
+        if rotation.is_none() && self.find_key(name.as_bytes()).is_none() {
             return;
         }
         let Some(id) = self.intern_key(name) else {
@@ -120,7 +120,7 @@ impl Pool {
         if until == 0 && self.find_account(tier, name).is_none() {
             return;
         }
-        self.change_account(tier, name, |account| account.cooldown.until = until);
+        self.change_account(tier, name, |account| account.cools_until = until);
     }
 
     /// The reason of an account's cooldown is now recorded as this.
@@ -129,7 +129,7 @@ impl Pool {
             return;
         }
         let reason = reason.map(Into::into);
-        self.change_account(tier, name, |account| account.cooldown.reason = reason);
+        self.change_account(tier, name, |account| account.reason = reason);
     }
 
     /// This node's account folder now says this of an account.
@@ -182,7 +182,7 @@ impl Pool {
         let mut fresh = Self::new(self.capacity, self.rotation_ms);
         fresh.horizon = self.horizon;
         fresh.trusts_folder = self.trusts_folder;
-        for (_, account) in &self.accounts {
+        for (_, account) in self.accounts.iter() {
             fresh.set_file(account.tier, &account.name, account.file.clone());
         }
         fresh
@@ -193,13 +193,13 @@ impl Pool {
         let names = self
             .keys
             .iter()
-            .chain(&other.keys)
+            .chain(other.keys.iter())
             .map(|(_, key)| &*key.name);
         let names: BTreeSet<&str> = names.collect();
         let keys = names
             .into_iter()
             .filter(|name| self.facts_of_key(name) != other.facts_of_key(name));
-        let names = self.accounts.iter().chain(&other.accounts);
+        let names = self.accounts.iter().chain(other.accounts.iter());
         let names: BTreeSet<(Tier, &str)> = names
             .map(|(_, account)| (account.tier, &*account.name))
             .collect();
@@ -212,7 +212,7 @@ impl Pool {
     }
 
     fn facts_of_key(&self, name: &str) -> Option<KeyFacts<'_>> {
-        let key = self.key(self.find_key(name)?)?;
+        let key = self.key(self.find_key(name.as_bytes())?)?;
         let account = |id: Option<AccountId>| id.and_then(|id| self.account_name(id));
         Some((
             (
@@ -240,52 +240,57 @@ impl Pool {
             .map(|key| &*key.name);
         Some((
             account.stored,
-            &account.cooldown,
+            account.cools_until,
+            account.reason.as_deref(),
             account.refs,
             holders.collect(),
         ))
     }
 
-    pub(super) fn find_key(&self, name: &str) -> Option<KeyId> {
-        let hash = self.hasher.hash_one(name);
-        let found = self.key_names.find(hash, |id| {
-            self.keys
-                .get(id.slot())
-                .is_some_and(|key| key.name.is(name))
-        });
-        found.copied()
+    pub(super) fn find_key(&self, name: &[u8]) -> Option<KeyId> {
+        let bears = |number| {
+            let key = self.key(KeyId::from_number(number));
+            key.is_some_and(|key| key.name.is(name))
+        };
+        let found = self.key_names.find(self.key_hash(name), bears);
+        found.map(KeyId::from_number)
+    }
+
+    fn key_hash(&self, name: &[u8]) -> u64 {
+        let mut hasher = self.hasher.build_hasher();
+        hasher.write(name);
+        hasher.finish()
+    }
+
+    fn account_hash(&self, tier: Tier, name: &str) -> u64 {
+        let mut hasher = self.hasher.build_hasher();
+        hasher.write_usize(tier.index());
+        hasher.write(name.as_bytes());
+        hasher.finish()
     }
 
     fn intern_key(&mut self, name: &str) -> Option<KeyId> {
-        if let Some(id) = self.find_key(name) {
+        if let Some(id) = self.find_key(name.as_bytes()) {
             return Some(id);
         }
-        let id = KeyId::new(self.keys.vacant_key())?;
+        let id = KeyId::new(self.keys.next())?;
         self.keys.insert(Key::new(name));
-        let Self {
-            keys,
-            key_names,
-            hasher,
-            ..
-        } = self;
-        key_names.insert_unique(hasher.hash_one(name), id, |id| {
-            keys.get(id.slot())
-                .map_or(0, |key| hasher.hash_one(&*key.name))
-        });
+        let hash = self.key_hash(name.as_bytes());
+        self.key_names.insert(hash, id.number());
         Some(id)
     }
 
     pub(super) fn find_account(&self, tier: Tier, name: &str) -> Option<AccountId> {
-        let bears = |id: &AccountId| {
-            let account = self.accounts.get(id.slot());
-            account.is_some_and(|account| account.tier == tier && account.name.is(name))
+        let bears = |&id: &AccountId| {
+            let account = self.account(id);
+            account.is_some_and(|account| account.tier == tier && account.name.is(name.as_bytes()))
         };
         let recent = self.recent.iter().flatten().find(|id| bears(id));
-        let found = recent.or_else(|| {
-            self.account_names
-                .find(self.hasher.hash_one((tier, name)), bears)
-        });
-        found.copied()
+        recent.copied().or_else(|| {
+            let is = |number| AccountId::from_number(number).is_some_and(|id| bears(&id));
+            let found = self.account_names.find(self.account_hash(tier, name), is);
+            found.and_then(AccountId::from_number)
+        })
     }
 
     fn intern_account(&mut self, tier: Tier, name: &str) -> Option<AccountId> {
@@ -297,19 +302,10 @@ impl Pool {
         } else {
             File::Unknown
         };
-        let slot = self.accounts.vacant_key();
-        let id = AccountId::new(slot)?;
+        let id = AccountId::new(self.accounts.next())?;
         self.accounts.insert(Account::new(tier, name, file));
-        let Self {
-            accounts,
-            account_names,
-            hasher,
-            ..
-        } = self;
-        account_names.insert_unique(hasher.hash_one((tier, name)), id, |id| {
-            let account = accounts.get(id.slot());
-            account.map_or(0, |account| hasher.hash_one((account.tier, &*account.name)))
-        });
+        let hash = self.account_hash(tier, name);
+        self.account_names.insert(hash, id.number());
         self.attach(id);
         Some(id)
     }
@@ -350,10 +346,9 @@ impl Pool {
             return;
         }
         self.detach(id);
-        let account = self.accounts.remove(id.slot());
-        let hash = self.hasher.hash_one((account.tier, &*account.name));
-        if let Ok(entry) = self.account_names.find_entry(hash, |&found| found == id) {
-            entry.remove();
+        if let Some(account) = self.accounts.remove(id.slot()) {
+            let hash = self.account_hash(account.tier, &account.name);
+            self.account_names.remove(hash, id.number());
         }
     }
 
@@ -366,11 +361,10 @@ impl Pool {
         if !self.key(id).is_some_and(Key::is_idle) {
             return;
         }
-        let key = self.keys.remove(id.slot());
-        let hash = self.hasher.hash_one(&*key.name);
-        if let Ok(entry) = self.key_names.find_entry(hash, |&found| found == id) {
-            entry.remove();
+        if let Some(key) = self.keys.remove(id.slot()) {
+            let hash = self.key_hash(key.name.bytes());
+            self.key_names.remove(hash, id.number());
+            self.drop_ref(key.bound);
         }
-        self.drop_ref(key.bound);
     }
 }
