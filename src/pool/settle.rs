@@ -33,6 +33,10 @@ impl Pool {
                 self.mend(item, &mut effects);
             }
         }
+        if self.backlog.is_empty() && self.backlog.capacity() > BACKLOG_SLACK {
+            // A load has left the room of an entry a key.
+            self.backlog = Vec::new();
+        }
         effects
     }
 
