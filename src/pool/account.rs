@@ -83,9 +83,10 @@ impl Class {
 }
 
 /// What each acquire looks at comes first and lies together: with many accounts,
-/// memory that isn't at hand is most of what a look costs.
+/// memory that isn't at hand is most of what a look costs. No alignment is asked
+/// for: the server's allocator may not know of any beyond its own.
 #[derive(Debug)]
-#[repr(C, align(64))]
+#[repr(C)]
 pub(super) struct Account {
     pub(super) name: Text<24>,
     /// Unix ms from which on a good file's token is worth nothing; `i64::MAX`:
@@ -94,7 +95,6 @@ pub(super) struct Account {
     /// Unix ms from which on the account is lent again; 0: it is not cooling.
     pub(super) cools_until: i64,
     pub(super) stored: Stored,
-    // The second line begins here.
     pub(super) tier: Tier,
     pub(super) file: File,
     /// Why it is cooling, on record as long as the cooldown, past or not.

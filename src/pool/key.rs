@@ -73,7 +73,6 @@ pub(super) const NEVER: i64 = i64::MIN;
 
 /// Two cache lines, which is what a look at a key costs.
 #[derive(Debug)]
-#[repr(align(64))]
 pub(super) struct Key {
     pub(super) name: Text<76>,
     /// Unix ms from which on the key is refused; `i64::MAX`: it does not end.
