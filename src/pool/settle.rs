@@ -13,7 +13,7 @@ const BACKLOG_SLACK: usize = 1024;
 
 /// Things looked at for each one that may be put right: most of a backlog has
 /// come right by itself, after a load say.
-const LOOKS: usize = 64;
+const LOOKS: usize = 8;
 
 impl Pool {
     /// The writes that put right up to `limit` things, most recent first.
