@@ -23,7 +23,9 @@ mod common;
 use common::page::{Bar, Page};
 use common::probe::stall_of;
 use common::support::{Client, DAY, Options, Server, wait_long};
-use common::{Link, median, mix, pack, pairs, progress, range, setting, short, spread};
+use common::{
+    Link, median, mix, pack, pairs, progress, range, registration, setting, short, spread,
+};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -150,13 +152,7 @@ impl Cell {
             next_account: 0,
             figures: BTreeMap::new(),
         };
-        let records = cell.keys.iter().map(|key| {
-            let name = format!("client_keys:{key}");
-            let words = ["HSET", &name, "tier", "medium", "use_pool", "true"];
-            let rest = ["active", "true", "expires_at", "99999999999999"];
-            pack(&[&words[..], &rest].concat())
-        });
-        cell.link.run(records);
+        cell.link.run(cell.keys.iter().map(|key| registration(key)));
         let leases = (0..cell.keys.len()).map(|n| acquire(cell.key(n), n as i64 * STEP));
         let leases: Vec<_> = leases.collect();
         cell.link.run(leases);

@@ -12,7 +12,7 @@ mod common;
 
 use common::page::{Bar, Page};
 use common::support::{DAY, Options, Server};
-use common::{Link, extreme, median, mix, pack, progress, range, setting, spread};
+use common::{Link, extreme, median, mix, pack, progress, range, registration, setting, spread};
 use std::path::Path;
 
 const KEYS: usize = 1_000;
@@ -65,13 +65,7 @@ impl Side {
     }
 
     fn register(&mut self, keys: &[String]) {
-        let records = keys.iter().map(|key| {
-            let name = format!("client_keys:{key}");
-            let words = ["HSET", &name, "tier", "medium", "use_pool", "true"];
-            let rest = ["active", "true", "expires_at", "99999999999999"];
-            pack(&[&words[..], &rest].concat())
-        });
-        self.link.run(records);
+        self.link.run(keys.iter().map(|key| registration(key)));
     }
 
     /// A command of the pool's, as this side has it.

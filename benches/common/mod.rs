@@ -92,6 +92,14 @@ pub fn pack(words: &[&str]) -> Vec<u8> {
     command.get_packed_command()
 }
 
+/// Registers a client key that ends in the year 5138.
+pub fn registration(key: &str) -> Vec<u8> {
+    let name = format!("client_keys:{key}");
+    let words = ["HSET", &name, "tier", "medium", "use_pool", "true"];
+    let rest = ["active", "true", "expires_at", "99999999999999"];
+    pack(&[&words[..], &rest].concat())
+}
+
 /// A connection that sends pipelines and reads past replies as fast as it can.
 pub struct Link {
     stream: TcpStream,

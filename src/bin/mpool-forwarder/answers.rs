@@ -147,6 +147,12 @@ impl Code {
         format!(r#"{{"type":"error","error":{{"type":"{kind}","message":"{message}"}}}}"#)
     }
 
+    /// When to come back, in seconds, where nothing tells better: what is short of
+    /// something now may have it in a moment.
+    pub const fn retry_after(self) -> Option<u64> {
+        if self.status() == 503 { Some(1) } else { None }
+    }
+
     /// The whole answer, for a service to give. `retry_after` is in seconds.
     pub fn response(self, retry_after: Option<u64>) -> Response<Full<Bytes>> {
         let body = self.json();
@@ -175,11 +181,9 @@ impl Code {
             .ok()
             .and_then(|status| status.canonical_reason())
             .unwrap_or_default();
-        let retry = if self.status() == 503 {
-            "retry-after: 1\r\n"
-        } else {
-            ""
-        };
+        let retry = self
+            .retry_after()
+            .map_or_else(String::new, |seconds| format!("retry-after: {seconds}\r\n"));
         Bytes::from(format!(
             "HTTP/1.1 {} {reason}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n{CODE_HEADER}: {}\r\n\
              {retry}date: {}\r\nconnection: close\r\n\r\n{body}",

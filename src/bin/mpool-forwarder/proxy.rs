@@ -68,8 +68,7 @@ impl From<Code> for Own {
     fn from(code: Code) -> Self {
         Self {
             code,
-            // What is short of something now may have it in a moment.
-            retry_after: (code.status() == 503).then_some(1),
+            retry_after: code.retry_after(),
         }
     }
 }
@@ -325,10 +324,7 @@ impl Proxy {
                         if let Some(charge) = tried.charge {
                             self.leave_unproved(order, charge);
                         }
-                        return Err(Own {
-                            code: Code::Account,
-                            retry_after: Some(1),
-                        });
+                        return Err(Code::Account.into());
                     }
                     self.metrics.failovers.inc();
                 }
@@ -423,10 +419,7 @@ impl Proxy {
         // Another request may have been quicker, or the file has a new token.
         match self.ask(&order.key).await {
             Ok(grant) if grant.state == State::Grace => {
-                return Replacement::None(Own {
-                    code: Code::Redis,
-                    retry_after: Some(1),
-                });
+                return Replacement::None(Code::Redis.into());
             }
             Ok(grant) if grant.lease.credential != refused.lease.credential => {
                 return Replacement::Grant(grant, None);
