@@ -1,25 +1,97 @@
 //! The watcher's way into the pool: what the account files say now, and what
-//! was left to be put right. Runs on the watcher's thread, takes the server's
-//! lock for a moment at a time.
+//! was left to be put right. The watcher's thread asks for a turn and waits for
+//! its end; the server's main thread carries it out, a portion at a time, as it
+//! would a command. (Redis 8.0 ends with an assertion when another thread
+//! changes a key that a client with CLIENT TRACKING is to be told of.)
 
 use crate::accounts::{Change, Scan, Sink};
-use crate::ffi::{self, Gil};
+use crate::ffi;
 use crate::node::{self, Arrival, Node, SETTLE_LIMIT};
 use crate::pool::{File, Tier};
-use redis_module::ContextFlags;
 use redis_module::logging::RedisLogLevel;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use redis_module::{Context, ContextFlags};
+use std::sync::mpsc::{self, Receiver, SyncSender};
+use std::sync::{Mutex, PoisonError};
 
 /// Takes changes of account files into the pool.
 #[derive(Debug)]
 pub(crate) struct Background {
-    pub(crate) stopping: Arc<AtomicBool>,
+    turns: Receiver<Turn>,
+}
+
+/// Where the main thread says how a turn went. Without it, nobody waits.
+static TURNS: Mutex<Option<SyncSender<Turn>>> = Mutex::new(None);
+
+/// Makes ready for a watcher; one at a time.
+pub(crate) fn open() -> Background {
+    let (sender, turns) = mpsc::sync_channel(1);
+    *TURNS.lock().unwrap_or_else(PoisonError::into_inner) = Some(sender);
+    Background { turns }
+}
+
+/// No more turns: the watcher, if it waits for one, waits no longer.
+pub(crate) fn close() {
+    *TURNS.lock().unwrap_or_else(PoisonError::into_inner) = None;
+}
+
+/// How a turn went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Turn {
+    Done,
+    More,
+    /// This server may not be written to at the moment.
+    NotNow,
+}
+
+/// One turn, on the main thread.
+pub(crate) fn turn(ctx: &Context) {
+    let turn = ffi::guarded("the account watcher's turn", || carry_out(ctx));
+    if let Some(sender) = &*TURNS.lock().unwrap_or_else(PoisonError::into_inner) {
+        // Full: nobody has waited for the one before.
+        let _ = sender.try_send(turn.unwrap_or(Turn::Done));
+    }
+}
+
+fn carry_out(ctx: &Context) -> Turn {
+    let Ok(more_news) = node::take_in() else {
+        return Turn::Done;
+    };
+    // A holder whose account is gone must find another at its very next
+    // acquire, and everyone else its slots: so with the change itself.
+    match put_right(ctx) {
+        Turn::Done if more_news => Turn::More,
+        // The news goes in nevertheless.
+        Turn::NotNow if more_news => Turn::More,
+        turn => turn,
+    }
+}
+
+fn put_right(ctx: &Context) -> Turn {
+    let flags = ctx.get_flags();
+    if !flags.contains(ContextFlags::MASTER) {
+        // The primary puts things right; they come from there.
+        return Turn::Done;
+    }
+    if flags.contains(ContextFlags::LOADING) || ffi::must_not_write() {
+        return Turn::NotNow;
+    }
+    match node::refresh(ctx).and_then(|()| node::settle(ctx, SETTLE_LIMIT)) {
+        Ok(true) => Turn::More,
+        Ok(false) | Err(_) => Turn::Done,
+    }
 }
 
 impl Background {
-    fn lock(&self) -> Option<Gil> {
-        Gil::take(|| self.stopping.load(Ordering::Relaxed))
+    /// Asks for turns until nothing is left to do; answers how the last went,
+    /// or nothing at the module's end.
+    fn take_turns(&self) -> Option<Turn> {
+        loop {
+            ffi::ring();
+            match self.turns.recv().ok()? {
+                Turn::More => {}
+                last => return Some(last),
+            }
+        }
     }
 }
 
@@ -27,58 +99,15 @@ impl Sink for Background {
     fn apply(&mut self, scan: Scan) {
         let looked = scan.complete.then_some(Arrival::Looked(scan.readable));
         node::arrive(scan.changes.into_iter().map(Arrival::Change).chain(looked));
-        loop {
-            let Some(gil) = self.lock() else { return };
-            let more = node::take_in();
-            // A holder whose account is gone must find another at its very next
-            // acquire, and everyone else its slots: so with the change itself.
-            put_right(&gil);
-            if more != Ok(true) {
-                break;
-            }
-        }
-        self.settle();
+        self.take_turns();
     }
 
     fn settle(&mut self) -> bool {
-        loop {
-            let Some(gil) = self.lock() else { return false };
-            match put_right(&gil) {
-                Progress::Done => return false,
-                Progress::More => {}
-                Progress::NotNow => return true,
-            }
-        }
+        self.take_turns() == Some(Turn::NotNow)
     }
 
     fn warn(&mut self, message: String) {
         ffi::log(RedisLogLevel::Warning, &message);
-    }
-}
-
-enum Progress {
-    Done,
-    More,
-    /// This server may not be written to at the moment.
-    NotNow,
-}
-
-fn put_right(gil: &Gil) -> Progress {
-    let flags = gil.ctx.get_flags();
-    if !flags.contains(ContextFlags::MASTER) {
-        // The primary puts things right; they come from there.
-        return Progress::Done;
-    }
-    if flags.contains(ContextFlags::LOADING) || ffi::must_not_write() {
-        return Progress::NotNow;
-    }
-    let outcome = ffi::guarded("putting things right", || {
-        node::refresh(&gil.ctx)?;
-        node::settle(&gil.ctx, SETTLE_LIMIT)
-    });
-    match outcome {
-        Some(Ok(true)) => Progress::More,
-        Some(Ok(false) | Err(_)) | None => Progress::Done,
     }
 }
 

@@ -13,11 +13,14 @@ use smallvec::SmallVec;
 use std::any::Any;
 use std::cell::Cell;
 use std::ffi::{CStr, CString, c_char, c_int, c_long, c_longlong, c_void};
+use std::io::{Read, Write};
 use std::marker::PhantomData;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::{self, NonNull};
-use std::sync::atomic::{AtomicPtr, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// What Redis is told of a command.
 pub(crate) struct Spec {
@@ -660,10 +663,10 @@ pub(crate) struct Refused(pub(crate) String);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct WrongType;
 
-/// The context with which threads of the module take the server's lock.
+/// The module's own context, for what no call of the server's gives one for.
 static DETACHED: AtomicPtr<raw::RedisModuleCtx> = AtomicPtr::new(ptr::null_mut());
 
-/// Prepares for threads that need the server's lock; once a load.
+/// Makes that context; once a load.
 pub(crate) fn open_detached(ctx: &Context) {
     // SAFETY: a plain call with the context of the module's load.
     let detached = unsafe {
@@ -683,50 +686,92 @@ pub(crate) fn close_detached() {
     }
 }
 
-/// How long a thread waits before it asks for the server's lock again.
-const GIL_PAUSE: Duration = Duration::from_micros(200);
+/// How a thread of the module calls the main thread: a byte written to the one
+/// end wakes the event loop, which watches the other.
+static BELL: Mutex<Option<(UnixStream, UnixStream)>> = Mutex::new(None);
+/// A turn is to come.
+static TURN_AHEAD: AtomicBool = AtomicBool::new(false);
 
-/// The server's lock, held by a thread of the module.
-pub(crate) struct Gil {
-    pub(crate) ctx: Context,
+fn bell() -> MutexGuard<'static, Option<(UnixStream, UnixStream)>> {
+    BELL.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Gil {
-    /// Takes the lock, or none once `give_up` says so. Never waits for the main
-    /// thread blindly: that one may be waiting for this thread to end.
-    pub(crate) fn take(give_up: impl Fn() -> bool) -> Option<Self> {
-        loop {
-            let ctx = DETACHED.load(Ordering::Acquire);
-            if ctx.is_null() || give_up() {
-                return None;
-            }
-            // SAFETY: a detached context is made for this.
-            let taken = unsafe { raw::RedisModule_ThreadSafeContextTryLock.map(|lock| lock(ctx)) };
-            match taken {
-                None => return None,
-                Some(result) if result == Status::Ok as c_int => {
-                    return Some(Self {
-                        ctx: Context::new(ctx),
-                    });
-                }
-                Some(_) => std::thread::sleep(GIL_PAUSE),
-            }
+/// Has the event loop listen for [`ring`]; once a load.
+pub(crate) fn open_bell() -> Result<(), &'static str> {
+    let open = || {
+        let (rope, clapper) = UnixStream::pair().ok()?;
+        rope.set_nonblocking(true).ok()?;
+        clapper.set_nonblocking(true).ok()?;
+        // SAFETY: a plain call on the main thread; `close_bell` takes the
+        // descriptor back before it is closed or the callback's code goes.
+        let added = unsafe {
+            raw::RedisModule_EventLoopAdd.map(|add| {
+                let readable = raw::REDISMODULE_EVENTLOOP_READABLE as c_int;
+                add(
+                    clapper.as_raw_fd(),
+                    readable,
+                    Some(on_bell),
+                    ptr::null_mut(),
+                )
+            })
+        };
+        (added == Some(Status::Ok as c_int)).then_some((rope, clapper))
+    };
+    let pair = open().ok_or("the server's event loop takes no further descriptor")?;
+    *bell() = Some(pair);
+    TURN_AHEAD.store(false, Ordering::Relaxed);
+    Ok(())
+}
+
+/// The end of what [`open_bell`] began; on the main thread.
+pub(crate) fn close_bell() {
+    let Some((_, clapper)) = bell().take() else {
+        return;
+    };
+    // SAFETY: a plain call on the main thread, the descriptor still open.
+    unsafe {
+        if let Some(remove) = raw::RedisModule_EventLoopDel {
+            remove(
+                clapper.as_raw_fd(),
+                raw::REDISMODULE_EVENTLOOP_READABLE as c_int,
+            );
         }
     }
 }
 
-impl Drop for Gil {
-    fn drop(&mut self) {
-        // SAFETY: this thread took the lock with the same context.
-        unsafe {
-            if let Some(unlock) = raw::RedisModule_ThreadSafeContextUnlock {
-                unlock(self.ctx.ctx);
-            }
-        }
-        // The main thread needs a moment to wake and take it. Without one, a
-        // thread that comes back at once keeps it out for as long as it has work.
-        std::thread::sleep(GIL_PAUSE);
+/// Has the main thread take a turn ([`crate::background::turn`]) soon: not
+/// while it runs a script or loads. From any thread; never waits.
+pub(crate) fn ring() {
+    if let Some((rope, _)) = &*bell() {
+        // Full, it has been rung before.
+        let _ = (&*rope).write(&[0]);
     }
+}
+
+/// The event loop hears the bell. It does so in the midst of a script or a
+/// load as well, and gives no context for writes that belong together; a timer
+/// comes between commands alone, and has one.
+unsafe extern "C" fn on_bell(_fd: c_int, _data: *mut c_void, _mask: c_int) {
+    if let Some((_, clapper)) = &*bell() {
+        while (&*clapper).read(&mut [0; 64]).is_ok_and(|count| count > 0) {}
+    }
+    if TURN_AHEAD.swap(true, Ordering::Relaxed) {
+        return;
+    }
+    let ctx = DETACHED.load(Ordering::Acquire);
+    // SAFETY: a live context of the module, used on the main thread. The server
+    // unloads no module that has a timer, so the callback's code is there.
+    unsafe {
+        match raw::RedisModule_CreateTimer {
+            Some(create) if !ctx.is_null() => drop(create(ctx, 0, Some(on_turn), ptr::null_mut())),
+            _ => TURN_AHEAD.store(false, Ordering::Relaxed),
+        }
+    }
+}
+
+unsafe extern "C" fn on_turn(ctx: *mut raw::RedisModuleCtx, _data: *mut c_void) {
+    TURN_AHEAD.store(false, Ordering::Relaxed);
+    guarded("a turn", || crate::background::turn(&Context::new(ctx)));
 }
 
 /// Whether Redis asks that nothing be written without a client's wish: clients

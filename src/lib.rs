@@ -48,8 +48,6 @@ mod store;
 use ffi::register;
 use redis_module::logging::RedisLogLevel;
 use redis_module::{Context, ContextFlags, RedisString, Status, redis_module};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The commands: a new one is a file in `commands` and a line here.
 fn register_commands(ctx: &Context) -> Result<(), &'static str> {
@@ -70,9 +68,6 @@ fn register_commands(ctx: &Context) -> Result<(), &'static str> {
     register::<commands::Ceiling>(ctx)?;
     Ok(())
 }
-
-/// Tells the watcher's thread that the module is about to go.
-static STOPPING: std::sync::Mutex<Option<Arc<AtomicBool>>> = std::sync::Mutex::new(None);
 
 fn load(ctx: &Context, args: &[RedisString]) -> Status {
     match ffi::guarded("the module's load", || start(ctx, args)) {
@@ -131,29 +126,17 @@ fn start(ctx: &Context, args: &[RedisString]) -> Result<(), &'static str> {
     });
     events::warn_of_eviction(ctx);
 
-    let stopping = Arc::new(AtomicBool::new(false));
-    let sink = background::Background {
-        stopping: Arc::clone(&stopping),
-    };
-    let watcher = accounts::Watcher::start(scanner, sink)
+    ffi::open_bell()?;
+    let watcher = accounts::Watcher::start(scanner, background::open())
         .map_err(|_| "the watcher's thread can't be started")?;
     watcher.wake();
     node::install_watcher(Some(watcher));
-    *STOPPING
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner) = Some(stopping);
     Ok(())
 }
 
 fn unload(ctx: &Context) -> Status {
     ffi::guarded("the module's unload", || {
-        if let Some(stopping) = STOPPING
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-            .take()
-        {
-            stopping.store(true, Ordering::Relaxed);
-        }
+        background::close();
         if !node::install_watcher(None).is_none_or(accounts::Watcher::stop) {
             ffi::log(
                 RedisLogLevel::Warning,
@@ -165,6 +148,7 @@ fn unload(ctx: &Context) -> Status {
         node::install(None);
         node::forget_arrivals();
         farewell::close_connections(ctx);
+        ffi::close_bell();
         ffi::close_detached();
         Status::Ok
     })

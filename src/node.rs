@@ -89,7 +89,7 @@ impl Node {
     }
 }
 
-/// Never contended: whoever comes here holds the server's lock. What a lock
+/// Never contended: whoever comes here is on the main thread. What a lock
 /// adds is that coming back in by mistake fails instead of corrupting.
 static NODE: Mutex<Option<Node>> = Mutex::new(None);
 static WATCHER: Mutex<Option<Watcher>> = Mutex::new(None);
@@ -175,8 +175,7 @@ pub(crate) enum Arrival {
 }
 
 /// News that the watcher has and the pool hasn't. Whoever comes first brings it
-/// in: the watcher once it has the server's lock, which may take a while on a
-/// busy server, or a command.
+/// in: the watcher in its next turn, or a command.
 static ARRIVALS: Mutex<VecDeque<Arrival>> = Mutex::new(VecDeque::new());
 static HAS_ARRIVALS: AtomicBool = AtomicBool::new(false);
 

@@ -295,7 +295,7 @@ fn incident(number: usize, server: &mut Server, replica: &mut Server) {
         }
         2 => {
             for _ in 0..3 {
-                client.ok(&["MODULE", "UNLOAD", "mpool"]);
+                client.unload();
                 client.error(&["MPOOL.STATUS"]);
                 load(&mut client, server);
             }
@@ -305,7 +305,7 @@ fn incident(number: usize, server: &mut Server, replica: &mut Server) {
             server.launch();
         }
         4 => {
-            other.ok(&["MODULE", "UNLOAD", "mpool"]);
+            other.unload();
             load(&mut other, replica);
             replica.shutdown();
             replica.launch();

@@ -1122,7 +1122,7 @@ fn the_admin_listener_says_how_it_is() {
     redis.ok(&["MPOOL.RELOAD"]);
     assert_eq!(page("/readyz").0, 200);
     // The module.
-    redis.ok(&["MODULE", "UNLOAD", "mpool"]);
+    redis.unload();
     // That closes the forwarder's connections.
     wait_for("it to miss the module", || {
         let (status, why) = page("/readyz");

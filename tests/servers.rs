@@ -442,7 +442,7 @@ fn the_module_can_be_unloaded_and_loaded_again() {
     client.ok(&["MPOOL.RELEASE", &keys[2]]);
     let (path, folder) = (module(), server.account_dir());
     for round in 0..5 {
-        client.ok(&["MODULE", "UNLOAD", "mpool"]);
+        client.unload();
         client.refused("ERR", &["MPOOL.STATUS"]);
         // What happens without it is seen when it is back.
         let (gone, back) = if round % 2 == 0 {
@@ -484,7 +484,9 @@ fn the_module_can_be_unloaded_and_loaded_again() {
             scope.spawn(move || (0..50).for_each(|now| drop(other.try_acquire("nobody", now))));
             let _ = client.try_run::<Value>(&["MODULE", "UNLOAD", "mpool"]);
         });
-        let _ = client.try_run::<Value>(&["MODULE", "UNLOAD", "mpool"]);
+        if client.try_run::<Value>(&["MPOOL.STATUS"]).is_ok() {
+            client.unload();
+        }
         client.ok(&[
             "MODULE",
             "LOAD",
@@ -494,6 +496,64 @@ fn the_module_can_be_unloaded_and_loaded_again() {
         ]);
         client.check_repair();
     }
+    assert!(server.is_alive());
+}
+
+/// The watcher's turns come between commands, a busy script included, though the
+/// server looks at its connections meanwhile.
+#[test]
+fn nothing_is_put_right_in_the_midst_of_a_script() {
+    let options = pool().server(&["--lua-time-limit", "50"]);
+    let mut server = options.start();
+    let mut client = server.connect();
+    client.wait_for_account("a", true);
+    let script = "local before = redis.call('EXISTS', KEYS[1]) \
+        for _ = 1, 2e8 do end \
+        return {before, redis.call('EXISTS', KEYS[1])}";
+    let mut busy = server.connect();
+    let seen = std::thread::scope(|scope| {
+        let script = scope
+            .spawn(move || busy.run::<Vec<i64>>(&["EVAL", script, "1", "medium_pool:slots:a"]));
+        wait_for("the server to be busy", || {
+            let refused = client.try_run::<Value>(&["PING"]).err()?;
+            assert!(refused.to_string().contains("BUSY"), "{refused}");
+            Some(())
+        });
+        server.remove_account("medium/a");
+        script.join().unwrap()
+    });
+    assert_eq!(seen, [1, 1]);
+    client.wait_for_account("a", false);
+    client.check_repair();
+    assert!(server.is_alive());
+}
+
+#[test]
+fn an_unload_amid_a_flood_of_account_files_harms_nothing() {
+    let mut server = pool().start();
+    let mut client = server.connect();
+    let keys = populate(&mut client);
+    let (path, folder) = (module(), server.account_dir());
+    for round in 0..20 {
+        for number in 0..200 {
+            let name = format!("medium/x{number}");
+            if round % 2 == 0 || number % 3 == 0 {
+                server.write_account(&name, &bearer("x"));
+            } else {
+                server.remove_account(&name);
+            }
+        }
+        // At another moment of the watcher's each time.
+        std::thread::sleep(Duration::from_millis(5 * round));
+        client.unload();
+        let module = ["MODULE", "LOAD", path.to_str().unwrap()];
+        client.ok(&[&module[..], &["account-dir", folder.to_str().unwrap()]].concat());
+    }
+    for key in &keys[..2] {
+        client.acquire(key, 3000);
+    }
+    client.check_invariants(2);
+    client.check_repair();
     assert!(server.is_alive());
 }
 
@@ -511,7 +571,7 @@ fn an_unload_closes_the_connections_that_point_to_the_modules_commands() {
     queued.ok(&["PING"]);
     other.ok(&acquire);
     other.ok(&["SET", "x", "1"]);
-    client.ok(&["MODULE", "UNLOAD", "mpool"]);
+    client.unload();
     let listed: String = client.run(&["CLIENT", "LIST"]);
     assert!(!listed.contains("cmd=mpool."), "{listed}");
     for (client, words) in [(&mut user, &acquire[..]), (&mut queued, &["EXEC"])] {

@@ -570,6 +570,22 @@ impl Client {
         self.run(words)
     }
 
+    /// Unloads the module. The server does so once no timer of the module's is
+    /// set and no client waits for it, and refuses until then.
+    pub fn unload(&mut self) {
+        wait_for("the module to go", || {
+            match self.try_run::<Value>(&["MODULE", "UNLOAD", "mpool"]) {
+                Ok(_) => Some(()),
+                Err(error) => {
+                    let error = error.to_string();
+                    let later = error.contains("timer") || error.contains("blocked");
+                    assert!(later, "{error}");
+                    None
+                }
+            }
+        });
+    }
+
     /// The whole text of the error that the command must give.
     #[track_caller]
     pub fn error(&mut self, words: &[&str]) -> String {

@@ -246,12 +246,7 @@ pub(crate) fn set_number(ctx: &Context, name: &str, number: u64) -> Result<(), R
         .map_err(|error| Refused(String::from_utf8_lossy(error.as_bytes()).into()))
 }
 
-pub(crate) struct Gil {
-    pub(crate) ctx: Context,
-}
-
-impl Gil {
-    pub(crate) fn take(give_up: impl Fn() -> bool) -> Option<Self> {
-        (!give_up()).then_some(Self { ctx: Context })
-    }
+/// There is one thread here.
+pub(crate) fn ring() {
+    crate::background::turn(&Context);
 }

@@ -45,7 +45,6 @@ mod settings {
 }
 
 use accounts::{Change, Credential, Scan, Sink};
-use background::Background;
 use ffi::{Item, Outcome};
 use libfuzzer_sys::fuzz_target;
 use pool::{Choice, Pool, Tier, names};
@@ -227,12 +226,12 @@ impl Run {
             complete: true,
             readable: [true; 3],
         };
-        background().apply(scan);
+        background::open().apply(scan);
     }
 
     /// What the watcher's thread does when it is woken.
     fn settle(&self) {
-        while background().settle() {}
+        while background::open().settle() {}
     }
 
     /// Runs one of the module's commands, if it is one, and checks the answer.
@@ -452,12 +451,6 @@ impl Run {
         rebuilt.audit();
         let differences = node::with(|node| node.pool.differences(&rebuilt)).unwrap();
         assert_eq!(differences, 0, "the view has drifted from the keyspace");
-    }
-}
-
-fn background() -> Background {
-    Background {
-        stopping: std::sync::Arc::default(),
     }
 }
 
