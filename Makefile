@@ -25,9 +25,10 @@ stop: ## stops what `make run` started
 test: deps-test lint build ## everything: formatting, lints, scripts, unit, property and integration tests
 	cargo test
 
-lint: ## rustfmt, clippy and shellcheck
+lint: ## rustfmt, clippy, shellcheck, and that the fuzz targets can be built
 	cargo fmt --check
 	cargo clippy --all-targets -- -D warnings
+	RUSTFLAGS='-D warnings --cfg fuzzing' cargo check --locked --manifest-path fuzz/Cargo.toml --no-default-features --target-dir target/fuzz-check
 	shellcheck -x $(SCRIPTS)
 
 unit: ## the tests that need no Redis
