@@ -151,12 +151,13 @@ impl Run {
     }
 
     fn settings(&mut self) -> Words {
-        match self.rng.random_range(0..6) {
+        match self.rng.random_range(0..7) {
             0 => words(&["CONFIG", "GET", "mpool.*"]),
             1 => words(&["CONFIG", "SET", "mpool.rotation-ms", "86400000"]),
             2 => words(&["CONFIG", "SET", "mpool.rotation-ms", "0"]),
             3 => words(&["CONFIG", "SET", "mpool.account-dir", ""]),
             4 => words(&["COMMAND", "DOCS", "mpool.acquire"]),
+            5 => words(&["CONFIG", "SET", "mpool.slots-per-account", "1"]),
             _ => words(&["CONFIG", "SET", "mpool.slots-per-account", "2"]),
         }
     }
@@ -361,6 +362,7 @@ fn nothing_is_lost_in_many_commands_of_every_kind() {
         assert!(server.is_alive() && replica.is_alive());
         // On a connection that speaks as the helpers expect.
         let mut client = server.connect();
+        client.ok(&["CONFIG", "SET", "mpool.slots-per-account", "2"]);
         client.ok(&["MPOOL.RELOAD"]);
         client.ok(&["MPOOL.REPAIR"]);
         client.check_invariants(2);
