@@ -148,6 +148,7 @@ fn main() {
     bench.account_files();
     let mut primary = bench.adding_keys();
     bench.promotion(&primary);
+    bench.repair(&primary);
     bench.loading(&mut primary);
     bench.page.save();
 }
@@ -300,6 +301,20 @@ impl Bench {
             }
         }
         let what = format!("a replica with {} leases is promoted", self.keys);
+        self.report(&what, &stalls);
+    }
+
+    /// The view is made anew beside the one in use.
+    fn repair(&mut self, server: &Server) {
+        let idle = options(true, 0).start();
+        let mut stalls = Stalls::default();
+        for round in 1..=self.rounds {
+            progress(&format!("stalls: repair {round} of {}", self.rounds));
+            both(server, &idle, &mut stalls, || {
+                server.connect().ok(&["MPOOL.REPAIR"]);
+            });
+        }
+        let what = format!("MPOOL.REPAIR with {} leases", self.keys);
         self.report(&what, &stalls);
     }
 

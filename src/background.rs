@@ -5,11 +5,14 @@
 //! changes a key that a client with CLIENT TRACKING is to be told of.)
 
 use crate::accounts::{Change, Scan, Sink};
+use crate::errors::Failure;
 use crate::ffi;
 use crate::node::{self, Arrival, Node, SETTLE_LIMIT};
 use crate::pool::{File, Tier};
+use crate::rebuild;
 use redis_module::logging::RedisLogLevel;
 use redis_module::{Context, ContextFlags};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Mutex, PoisonError};
 
@@ -21,6 +24,9 @@ pub(crate) struct Background {
 
 /// Where the main thread says how a turn went. Without it, nobody waits.
 static TURNS: Mutex<Option<SyncSender<Turn>>> = Mutex::new(None);
+/// The watcher waits for a turn that has yet to begin: what it has brought is
+/// not for one that had begun before.
+static ASKED: AtomicBool = AtomicBool::new(false);
 
 /// Makes ready for a watcher; one at a time.
 pub(crate) fn open() -> Background {
@@ -36,7 +42,7 @@ pub(crate) fn close() {
 
 /// How a turn went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Turn {
+pub(crate) enum Turn {
     Done,
     More,
     /// This server may not be written to at the moment.
@@ -45,40 +51,39 @@ enum Turn {
 
 /// One turn, on the main thread.
 pub(crate) fn turn(ctx: &Context) {
-    let turn = ffi::guarded("the account watcher's turn", || carry_out(ctx));
-    if let Some(sender) = &*TURNS.lock().unwrap_or_else(PoisonError::into_inner) {
-        // Full: nobody has waited for the one before.
-        let _ = sender.try_send(turn.unwrap_or(Turn::Done));
+    let asked = ASKED.swap(false, Ordering::AcqRel);
+    let turn = ffi::guarded("a turn", || carry_out(ctx)).unwrap_or(Turn::Done);
+    if asked && let Some(sender) = &*TURNS.lock().unwrap_or_else(PoisonError::into_inner) {
+        // Nobody has asked since for another.
+        let _ = sender.try_send(turn);
     }
 }
 
 fn carry_out(ctx: &Context) -> Turn {
-    let Ok(more_news) = node::take_in() else {
-        return Turn::Done;
-    };
+    let more_news = node::take_in().unwrap_or(false);
     // A holder whose account is gone must find another at its very next
     // acquire, and everyone else its slots: so with the change itself.
-    match put_right(ctx) {
-        Turn::Done if more_news => Turn::More,
-        // The news goes in nevertheless.
-        Turn::NotNow if more_news => Turn::More,
-        turn => turn,
+    let settled = put_right(ctx);
+    rebuild::go_on(ctx, &settled);
+    match settled {
+        _ if more_news => Turn::More,
+        Ok(turn) => turn,
+        Err(_) => Turn::Done,
     }
 }
 
-fn put_right(ctx: &Context) -> Turn {
+fn put_right(ctx: &Context) -> Result<Turn, Failure> {
     let flags = ctx.get_flags();
     if !flags.contains(ContextFlags::MASTER) {
         // The primary puts things right; they come from there.
-        return Turn::Done;
+        return Ok(Turn::Done);
     }
     if flags.contains(ContextFlags::LOADING) || ffi::must_not_write() {
-        return Turn::NotNow;
+        return Ok(Turn::NotNow);
     }
-    match node::refresh(ctx).and_then(|()| node::settle(ctx, SETTLE_LIMIT)) {
-        Ok(true) => Turn::More,
-        Ok(false) | Err(_) => Turn::Done,
-    }
+    node::refresh(ctx)?;
+    let more = node::settle(ctx, SETTLE_LIMIT)?;
+    Ok(if more { Turn::More } else { Turn::Done })
 }
 
 impl Background {
@@ -86,6 +91,7 @@ impl Background {
     /// or nothing at the module's end.
     fn take_turns(&self) -> Option<Turn> {
         loop {
+            ASKED.store(true, Ordering::Release);
             ffi::ring();
             match self.turns.recv().ok()? {
                 Turn::More => {}
@@ -118,12 +124,13 @@ pub(crate) fn enter(node: &mut Node, change: Change) {
             tier,
             name,
             credential,
-        } => node
-            .pool
-            .set_file(tier, &name, File::Valid(Box::new(credential))),
+        } => {
+            let file = File::Valid(Box::new(credential));
+            node.tell(|pool| pool.set_file(tier, &name, file.clone()));
+        }
         Change::Invalid { tier, name, reason } => {
             complain(node, tier, &format!("{name}.json"), reason);
-            node.pool.set_file(tier, &name, File::Invalid(reason));
+            node.tell(|pool| pool.set_file(tier, &name, File::Invalid(reason)));
         }
         Change::BadName { tier, file } => {
             complain(node, tier, &file, BAD_NAME);
@@ -137,7 +144,7 @@ pub(crate) fn enter(node: &mut Node, change: Change) {
                 } else {
                     File::Unknown
                 };
-                node.pool.set_file(tier, &file, file_now);
+                node.tell(|pool| pool.set_file(tier, &file, file_now.clone()));
             }
         }
     }
@@ -168,7 +175,7 @@ pub(crate) fn trust(node: &mut Node, readable: [bool; 3]) {
     }
     for (tier, readable) in Tier::ALL.into_iter().zip(readable) {
         if readable {
-            node.pool.set_trusts_folder(tier, true);
+            node.tell(|pool| pool.set_trusts_folder(tier, true));
         }
     }
 }

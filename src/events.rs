@@ -4,6 +4,7 @@
 
 use crate::ffi;
 use crate::node;
+use crate::pool::Pool;
 use crate::store::{self, PoolKey};
 use redis_module::logging::RedisLogLevel;
 use redis_module::server_events::{
@@ -22,7 +23,7 @@ pub(crate) fn key_changed(ctx: &Context, _kind: NotifyEvent, _event: &str, name:
     ffi::guarded("a notification", || {
         let observation = store::own_write(key).unwrap_or_else(|| key.read(ctx));
         let off = node::with(|node| {
-            observation.enter(&mut node.pool);
+            node.tell(|pool| observation.enter(pool));
             node.is_primary && node.pool.has_stray_backlog()
         });
         match off {
@@ -36,7 +37,7 @@ pub(crate) fn key_changed(ctx: &Context, _kind: NotifyEvent, _event: &str, name:
 
 /// The pool's database is empty now.
 pub(crate) fn flushed() {
-    let emptied = node::with(|node| node.pool = node.pool.without_keyspace());
+    let emptied = node::with(|node| node.replace(node.pool.without_keyspace()));
     if emptied.is_ok() {
         node::with_watcher(crate::accounts::Watcher::wake);
     }
@@ -47,7 +48,7 @@ pub(crate) fn swapped(ctx: &Context) {
     let Ok(pool) = node::rebuilt(ctx) else {
         return node::suspect();
     };
-    if node::with(|node| node.pool = pool).is_ok() {
+    if node::with(|node| node.replace(pool)).is_ok() {
         node::with_watcher(crate::accounts::Watcher::wake);
     }
 }
@@ -58,7 +59,7 @@ fn role_changed(_ctx: &Context, role: ServerRole) {
             node.is_primary = role == ServerRole::Primary;
             if !node.is_primary {
                 node.always_primary = false;
-                node.pool.follow();
+                node.tell(Pool::follow);
             }
         });
         if done.is_ok() {

@@ -565,39 +565,46 @@ pub(crate) fn read_hash<const N: usize>(
     Ok(Some(values))
 }
 
-/// Calls `found` with the name of each key of the database. It must not touch
-/// the keyspace meanwhile; `between` may, and is called between portions.
-///
-/// The crate's own cursor keeps a reference to every name for ever.
-pub(crate) fn scan<F: FnMut(&[u8])>(
-    ctx: &Context,
-    mut found: F,
-    mut between: impl FnMut(&mut F),
-) -> Option<()> {
-    // SAFETY: the cursor is made, used and destroyed here; the callback gets
-    // the pointer to `found` back as what it is, and only during the call.
-    unsafe {
-        let (scan, create, destroy) = (
-            raw::RedisModule_Scan?,
-            raw::RedisModule_ScanCursorCreate?,
-            raw::RedisModule_ScanCursorDestroy?,
-        );
-        let cursor = create();
-        loop {
-            let more = scan(
-                ctx.ctx,
-                cursor,
-                Some(on_scanned::<F>),
-                (&raw mut found).cast::<c_void>(),
-            );
-            between(&mut found);
-            if more == 0 {
-                break;
+/// A walk over the keys of the pool's database, on the main thread. The crate's
+/// own cursor keeps a reference to every name for ever.
+pub(crate) struct Cursor(Option<NonNull<raw::RedisModuleScanCursor>>);
+
+// SAFETY: it is kept where any thread could reach it, and used and dropped on
+// the main thread alone, where everything is that calls for it.
+unsafe impl Send for Cursor {}
+
+impl Cursor {
+    pub(crate) fn new() -> Self {
+        // SAFETY: a plain call; what it gives is destroyed with this.
+        let cursor = unsafe { raw::RedisModule_ScanCursorCreate.map(|create| create()) };
+        Self(cursor.and_then(NonNull::new))
+    }
+
+    /// Calls `found` with the names of a few keys; it must not touch the
+    /// keyspace. Answers whether there are more. A key that is there from the
+    /// first step to the last comes up; it may do so twice.
+    pub(crate) fn step<F: FnMut(&[u8])>(&mut self, ctx: &Context, mut found: F) -> bool {
+        let Some(cursor) = self.0 else { return false };
+        // SAFETY: a live cursor; the callback gets the pointer to `found` back as
+        // what it is, and only during the call.
+        let more = unsafe {
+            let found = (&raw mut found).cast::<c_void>();
+            raw::RedisModule_Scan
+                .map(|scan| scan(ctx.ctx, cursor.as_ptr(), Some(on_scanned::<F>), found))
+        };
+        more.is_some_and(|more| more != 0)
+    }
+}
+
+impl Drop for Cursor {
+    fn drop(&mut self) {
+        // SAFETY: the cursor came from Redis, and nothing else has it.
+        unsafe {
+            if let (Some(cursor), Some(destroy)) = (self.0, raw::RedisModule_ScanCursorDestroy) {
+                destroy(cursor.as_ptr());
             }
         }
-        destroy(cursor);
     }
-    Some(())
 }
 
 unsafe extern "C" fn on_scanned<F: FnMut(&[u8])>(
@@ -606,7 +613,7 @@ unsafe extern "C" fn on_scanned<F: FnMut(&[u8])>(
     _key: *mut raw::RedisModuleKey,
     found: *mut c_void,
 ) {
-    // SAFETY: `scan` passes a pointer to its closure, which nobody else uses
+    // SAFETY: `step` passes a pointer to its closure, which nobody else uses
     // until it returns.
     if let Some(found) = unsafe { found.cast::<F>().as_mut() } {
         guarded("a scan", || found(RedisString::string_as_slice(name)));

@@ -9,6 +9,7 @@
 //! - [`events`]: what Redis tells: changed keys, flushes, roles
 //! - [`node`]: the one pool of this server
 //! - [`background`]: the watcher's way into the pool
+//! - [`rebuild`]: a view made anew beside the one in use
 //! - [`farewell`]: connections that the server can't keep without the module
 //! - [`settings`], [`info`], [`errors`]: what operators set, watch and meet
 //! - [`ffi`]: the only unsafe code
@@ -42,6 +43,7 @@ mod ffi;
 mod info;
 mod node;
 mod pool;
+mod rebuild;
 mod settings;
 mod store;
 

@@ -7,9 +7,9 @@ use crate::background;
 use crate::errors::{CODES, Failure};
 use crate::ffi;
 use crate::pool::{Choice, Effect, Pool, State, Tier};
+use crate::rebuild::Rebuild;
 use crate::store::{self, PoolKey};
 use redis_module::{Context, ContextFlags};
-use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError, TryLockError};
@@ -61,6 +61,8 @@ impl Counters {
 #[derive(Debug)]
 pub(crate) struct Node {
     pub(crate) pool: Pool,
+    /// A rebuild of it that is under way.
+    pub(crate) rebuild: Option<Rebuild>,
     pub(crate) counters: Counters,
     pub(crate) choice: Choice,
     /// Account files that can't be used because of their names: tier and file,
@@ -79,12 +81,29 @@ impl Node {
     pub(crate) fn new(pool: Pool, choice: Choice, is_primary: bool) -> Self {
         Self {
             pool,
+            rebuild: None,
             counters: Counters::default(),
             choice,
             bad_names: BTreeMap::new(),
             complaints: 0,
             is_primary,
             always_primary: is_primary,
+        }
+    }
+
+    /// Tells the pool what has come or changed, and the one that is being made.
+    pub(crate) fn tell(&mut self, news: impl Fn(&mut Pool)) {
+        news(&mut self.pool);
+        if let Some(pool) = self.rebuild.as_mut().and_then(Rebuild::pool) {
+            news(pool);
+        }
+    }
+
+    /// Puts another view of the keyspace, or of another keyspace, in its place.
+    pub(crate) fn replace(&mut self, pool: Pool) {
+        self.pool = pool;
+        if let Some(rebuild) = &mut self.rebuild {
+            rebuild.restart(&self.pool);
         }
     }
 }
@@ -149,20 +168,16 @@ pub(crate) fn clock() -> i64 {
 /// Makes the view from the keyspace anew.
 pub(crate) fn rebuilt(ctx: &Context) -> Result<Pool, Failure> {
     let mut pool = with(|node| node.pool.without_keyspace())?;
-    let names = RefCell::new(Vec::new());
-    let collect = |name: &[u8]| {
-        if PoolKey::parse(name).is_some() {
-            names.borrow_mut().push(name.to_vec());
-        }
-    };
-    ffi::scan(ctx, collect, |_| {
-        for name in names.take() {
+    let (mut cursor, mut more) = (ffi::Cursor::new(), true);
+    while more {
+        let mut names = Vec::new();
+        more = store::scan(ctx, &mut cursor, &mut names);
+        for name in names {
             if let Some(key) = PoolKey::parse(&name) {
                 key.read(ctx).enter(&mut pool);
             }
         }
-    })
-    .ok_or(Failure::Internal)?;
+    }
     Ok(pool)
 }
 
@@ -201,7 +216,7 @@ pub(crate) fn refresh(ctx: &Context) -> Result<(), Failure> {
     take_in()?;
     if SUSPECT.load(Ordering::Relaxed) {
         let pool = rebuilt(ctx)?;
-        with(|node| node.pool = pool)?;
+        with(|node| node.replace(pool))?;
         SUSPECT.store(false, Ordering::Relaxed);
     }
     Ok(())
@@ -244,6 +259,9 @@ pub(crate) fn settle(ctx: &Context, limit: usize) -> Result<bool, Failure> {
             return (Vec::new(), false);
         }
         let effects = node.pool.settle(limit);
+        if let Some(rebuild) = &mut node.rebuild {
+            rebuild.count(&effects);
+        }
         (effects, node.pool.has_backlog())
     })?;
     apply(ctx, &effects)?;

@@ -190,7 +190,7 @@ pub(crate) fn register(ctx: &Context, args: &[RedisString]) -> Result<(), ()> {
         i64::from(MAX_CAPACITY),
         ConfigurationFlags::DEFAULT,
         Some(Box::new(|_, _, _| {
-            if node::with(|node| node.pool.set_capacity(slots_per_account())).is_ok() {
+            if node::with(|node| node.tell(|pool| pool.set_capacity(slots_per_account()))).is_ok() {
                 node::with_watcher(Watcher::wake);
             }
         })),
@@ -204,7 +204,7 @@ pub(crate) fn register(ctx: &Context, args: &[RedisString]) -> Result<(), ()> {
         MAX_ROTATION_MS,
         ConfigurationFlags::DEFAULT,
         Some(Box::new(|_, _, _| {
-            let _ = node::with(|node| node.pool.set_rotation_ms(rotation_ms()));
+            let _ = node::with(|node| node.tell(|pool| pool.set_rotation_ms(rotation_ms())));
         })),
     );
     register_i64_configuration(

@@ -2,7 +2,7 @@
 //! nothing.
 
 use crate::errors::Failure;
-use crate::ffi::{self, WrongType};
+use crate::ffi::{self, Cursor, WrongType};
 use crate::pool::{
     Effect, Flaw, KeyFields, KeyRecord, Pool, Rotation, RotationFields, Stored, Tier, names,
 };
@@ -119,6 +119,15 @@ impl<'a> PoolKey<'a> {
     }
 }
 
+/// Adds names of the pool's to those found so far; answers whether there are more keys.
+pub(crate) fn scan(ctx: &Context, cursor: &mut Cursor, names: &mut Vec<Vec<u8>>) -> bool {
+    cursor.step(ctx, |name| {
+        if PoolKey::parse(name).is_some() {
+            names.push(name.to_vec());
+        }
+    })
+}
+
 type Hash<const N: usize> = Result<Option<[Option<RedisString>; N]>, WrongType>;
 
 /// What a key of the pool holds.
@@ -154,7 +163,7 @@ pub(crate) fn own_write(key: PoolKey<'_>) -> Option<Observation<'static>> {
 
 impl Observation<'_> {
     /// Brings what was read into the view.
-    pub(crate) fn enter(self, pool: &mut Pool) {
+    pub(crate) fn enter(&self, pool: &mut Pool) {
         match self {
             Self::ClientKey(key, Ok(None)) => pool.observe_key(key, None),
             Self::ClientKey(key, Err(WrongType)) => {
@@ -196,24 +205,24 @@ impl Observation<'_> {
                 next,
             }) => {
                 let rotation = Rotation {
-                    account: Some(&account),
+                    account: Some(account),
                     account_is_garbage: false,
                     previous: previous.as_deref(),
-                    last: Some(last),
-                    next: Some(next),
+                    last: Some(*last),
+                    next: Some(*next),
                 };
-                pool.observe_rotation(&key, Some(rotation));
+                pool.observe_rotation(key, Some(rotation));
             }
             Self::Own(Effect::Slots {
                 tier,
                 account,
                 used,
-            }) => pool.observe_slots(tier, &account, Stored::Count(used)),
+            }) => pool.observe_slots(*tier, account, Stored::Count(*used)),
             Self::Own(_) => {}
-            Self::Slots(tier, account, stored) => pool.observe_slots(tier, account, stored),
-            Self::Cooldown(tier, account, until) => pool.observe_cooldown(tier, account, until),
+            Self::Slots(tier, account, stored) => pool.observe_slots(*tier, account, *stored),
+            Self::Cooldown(tier, account, until) => pool.observe_cooldown(*tier, account, *until),
             Self::Reason(tier, account, reason) => {
-                pool.observe_reason(tier, account, reason.as_deref())
+                pool.observe_reason(*tier, account, reason.as_deref())
             }
         }
     }

@@ -128,6 +128,11 @@ impl Watcher {
         }
     }
 
+    /// Has the thread drop what would take the caller too long.
+    pub(crate) fn discard(&self, waste: Box<dyn Send>) {
+        self.send(Message::Discard(waste));
+    }
+
     /// Asks the thread to end and waits for that, 3 s at most. The caller must
     /// hold no lock that the sink may be waiting for.
     ///
@@ -162,6 +167,7 @@ enum Message {
     Wake,
     Rescan(Done),
     Root(PathBuf),
+    Discard(Box<dyn Send>),
     Stop,
 }
 
@@ -398,6 +404,7 @@ impl<S: Sink> Worker<S> {
                 let scan = self.full_scan();
                 self.apply(scan);
             }
+            Message::Discard(waste) => drop(waste),
             Message::Stop => return ControlFlow::Break(()),
         }
         ControlFlow::Continue(())

@@ -2,9 +2,10 @@
 
 use super::ReplyExt;
 use crate::errors::Failure;
-use crate::ffi::{Call, Command, Spec};
+use crate::ffi::{Call, Command, Reply, Spec};
 use crate::node::{self, SETTLE_LIMIT};
-use crate::pool::Effect;
+use crate::rebuild::{self, Repaired};
+use redis_module::{Context, ContextFlags};
 
 pub(crate) struct Repair;
 
@@ -16,37 +17,57 @@ impl Command for Repair {
         arity: 1,
         summary:
             c"Recomputes every counter and the view from the keyspace; says what it had to change",
-        complexity: c"O(K) for all K keys of the database",
+        complexity: c"O(K) for all K keys of the database, a portion at a time between other commands; in MULTI or a script in one go",
         since: c"0.1.0",
         args: &[],
     };
 
     fn run(call: &Call<'_>) -> Result<(), Failure> {
-        let rebuilt = node::rebuilt(&call.ctx)?;
-        let view = node::with(|node| {
-            let differences = node.pool.differences(&rebuilt);
-            node.pool = rebuilt;
-            differences
-        })?;
-        let (mut counters, mut leases) = (0, 0);
-        while node::with(|node| node.pool.has_backlog())? {
-            let effects = node::with(|node| node.pool.settle(SETTLE_LIMIT))?;
-            for effect in &effects {
-                match effect {
-                    Effect::Slots { .. } | Effect::Uncount { .. } | Effect::Leave { .. } => {
-                        counters += 1
-                    }
-                    _ => leases += 1,
-                }
-            }
-            node::apply(&call.ctx, &effects)?;
+        // A writable replica's turns put nothing right, and without a watcher
+        // nobody comes back to it once clients are paused.
+        let is_primary = call.ctx.get_flags().contains(ContextFlags::MASTER);
+        if is_primary && call.may_block() && node::with_watcher(|_| ()).is_some() {
+            let client = call.block();
+            return rebuild::begin(Box::new(move |outcome| {
+                client.reply(|reply| match outcome {
+                    Ok(repaired) => report(reply, repaired),
+                    Err(failure) => reply.error(&failure),
+                });
+            }));
         }
-        let reply = call.reply();
-        reply.map(4);
-        reply.field_count("changed", view + counters + leases);
-        reply.field_count("counters", counters);
-        reply.field_count("leases", leases);
-        reply.field_count("view", view);
+        let repaired = at_once(&call.ctx)?;
+        report(&call.reply(), repaired);
         Ok(())
     }
+}
+
+fn at_once(ctx: &Context) -> Result<Repaired, Failure> {
+    let rebuilt = node::rebuilt(ctx)?;
+    let mut repaired = node::with(|node| {
+        let view = node.pool.differences(&rebuilt);
+        node.pool = rebuilt;
+        Repaired {
+            view,
+            ..Repaired::default()
+        }
+    })?;
+    while node::with(|node| node.pool.has_backlog())? {
+        let effects = node::with(|node| node.pool.settle(SETTLE_LIMIT))?;
+        repaired.count(&effects);
+        node::apply(ctx, &effects)?;
+    }
+    Ok(repaired)
+}
+
+fn report(reply: &Reply, repaired: Repaired) {
+    let Repaired {
+        counters,
+        leases,
+        view,
+    } = repaired;
+    reply.map(4);
+    reply.field_count("changed", view + counters + leases);
+    reply.field_count("counters", counters);
+    reply.field_count("leases", leases);
+    reply.field_count("view", view);
 }

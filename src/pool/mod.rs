@@ -45,6 +45,7 @@ pub(crate) use index::Tally;
 pub(crate) use key::{Flaw, KeyFields, KeyId, KeyRecord, Rotation, RotationFields};
 pub(crate) use status::{AccountStatus, LeaseCursor, LeaseStatus, Summary};
 pub(crate) use tier::Tier;
+pub(crate) use view::{Difference, Walk};
 
 use account::Account;
 use directory::Directory;

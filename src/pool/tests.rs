@@ -2,7 +2,7 @@
 //! the naive model of `model`.
 
 use super::model::{Cooldown, Expected, Lease, Record, World, credential};
-use super::{Choice, Refusal, SWEEP_LIMIT, State, Stored, Tier};
+use super::{Choice, Difference, Refusal, SWEEP_LIMIT, State, Stored, Tier, Walk};
 use proptest::prelude::*;
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
@@ -701,4 +701,41 @@ proptest! {
             run.step(step);
         }
     }
+}
+
+/// Two views of the same thing, told in full, and what each lacks told apart.
+#[test]
+fn views_that_differ_are_found_to_differ_in_however_many_portions() {
+    let all = |one: &World, other: &World, limit| {
+        let mut found = [0, 0];
+        for (place, (from, to, what)) in [
+            (&one.pool, &other.pool, Difference::Any),
+            (&other.pool, &one.pool, Difference::Absence),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let mut walk = Walk::default();
+            while !walk.is_over(from) {
+                found[place] += from.compare(to, &mut walk, limit, what);
+            }
+        }
+        found
+    };
+    let keys: Vec<String> = (0..50).map(|number| number.to_string()).collect();
+    let keys: Vec<&str> = keys.iter().map(String::as_str).collect();
+    let (mut one, mut other) = (world(&["a", "b"], &keys), world(&["a", "b"], &keys));
+    for limit in [1, 7, usize::MAX] {
+        assert_eq!(all(&one, &other, limit), [0, 0]);
+    }
+    // A key and its account, then a key and an account that only one of them knows.
+    one.get("7", 1000);
+    other.set_record("stranger", Some(pooled(None)));
+    other.set_file(Tier::High, "z", Some(Some(credential(None))));
+    for limit in [1, 7, usize::MAX] {
+        assert_eq!(all(&one, &other, limit), [2, 2]);
+        assert_eq!(all(&other, &one, limit), [4, 0]);
+    }
+    assert_eq!(one.pool.differences(&other.pool), 4);
+    assert_eq!(other.pool.differences(&one.pool), 4);
 }

@@ -7,6 +7,29 @@ use super::{AccountId, File, Item, KeyId, KeyRecord, Pool, Rotation, Stored, Tie
 use std::collections::BTreeSet;
 use std::hash::{BuildHasher, Hasher};
 
+/// How far a walk over a view has come.
+#[derive(Debug, Default)]
+pub(crate) struct Walk {
+    key: usize,
+    account: usize,
+}
+
+impl Walk {
+    /// Whether nothing is left of the view.
+    pub(crate) fn is_over(&self, view: &Pool) -> bool {
+        self.key >= view.keys.end() && self.account >= view.accounts.end()
+    }
+}
+
+/// What counts as a difference of a view from another one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Difference {
+    /// That the other says something else, or nothing.
+    Any,
+    /// That the other has nothing at all of a key or an account.
+    Absence,
+}
+
 /// What a view says of a key, but for numbers that another view has otherwise.
 type KeyFacts<'a> = ((Standing, Tier, i64, i64, i64, bool), [Option<&'a str>; 3]);
 /// The same of an account.
@@ -176,39 +199,78 @@ impl Pool {
         }
     }
 
-    /// A pool that knows this one's files and settings, and nothing of any
-    /// keyspace: where a rebuild begins, and what is left after a flush.
-    pub(crate) fn without_keyspace(&self) -> Self {
+    /// A pool with this one's settings that knows nothing.
+    pub(crate) fn with_nothing(&self) -> Self {
         let mut fresh = Self::new(self.capacity, self.rotation_ms);
         fresh.horizon = self.horizon;
         fresh.trusts_folder = self.trusts_folder;
-        for (_, account) in self.accounts.iter() {
-            fresh.set_file(account.tier, &account.name, account.file.clone());
+        fresh
+    }
+
+    /// Tells another pool of this one's account files: `limit` of them at most, from a
+    /// place on. Answers the place after them, or none at the end.
+    pub(crate) fn copy_files(&self, to: &mut Self, from: usize, limit: usize) -> Option<usize> {
+        let end = self.accounts.end();
+        let next = from.saturating_add(limit).min(end);
+        for account in (from..next).filter_map(|slot| self.accounts.get(slot)) {
+            to.set_file(account.tier, &account.name, account.file.clone());
         }
+        (next < end).then_some(next)
+    }
+
+    /// A pool that knows this one's files and settings, and nothing of any
+    /// keyspace: where a rebuild begins, and what is left after a flush.
+    pub(crate) fn without_keyspace(&self) -> Self {
+        let mut fresh = self.with_nothing();
+        self.copy_files(&mut fresh, 0, usize::MAX);
         fresh
     }
 
     /// In how many keys and accounts this view differs from another one.
     pub(crate) fn differences(&self, other: &Self) -> u64 {
-        let names = self
-            .keys
-            .iter()
-            .chain(other.keys.iter())
-            .map(|(_, key)| &*key.name);
-        let names: BTreeSet<&str> = names.collect();
-        let keys = names
-            .into_iter()
-            .filter(|name| self.facts_of_key(name) != other.facts_of_key(name));
-        let names = self.accounts.iter().chain(other.accounts.iter());
-        let names: BTreeSet<(Tier, &str)> = names
-            .map(|(_, account)| (account.tier, &*account.name))
-            .collect();
-        let differs =
-            |tier, name| self.facts_of_account(tier, name) != other.facts_of_account(tier, name);
-        let accounts = names
-            .into_iter()
-            .filter(|&(tier, name)| differs(tier, name));
-        (keys.count() + accounts.count()) as u64
+        self.compare(other, &mut Walk::default(), usize::MAX, Difference::Any)
+            + other.compare(self, &mut Walk::default(), usize::MAX, Difference::Absence)
+    }
+
+    /// Goes on with a walk over this view's keys, then its accounts, for about
+    /// `limit` of them. Answers of how many of these another view says something else.
+    pub(crate) fn compare(
+        &self,
+        other: &Self,
+        walk: &mut Walk,
+        limit: usize,
+        what: Difference,
+    ) -> u64 {
+        let (mut differences, mut left) = (0, limit);
+        while left > 0 && !walk.is_over(self) {
+            left -= 1;
+            let differs = if walk.key < self.keys.end() {
+                let key = self.keys.get(walk.key);
+                walk.key += 1;
+                key.is_some_and(|key| match what {
+                    Difference::Any => {
+                        self.facts_of_key(&key.name) != other.facts_of_key(&key.name)
+                    }
+                    Difference::Absence => other.find_key(key.name.bytes()).is_none(),
+                })
+            } else {
+                let account = self.accounts.get(walk.account);
+                walk.account += 1;
+                account.is_some_and(|account| {
+                    let (tier, name) = (account.tier, &*account.name);
+                    // An account takes as long as it has holders.
+                    left = left.saturating_sub(account.holders.len());
+                    match what {
+                        Difference::Any => {
+                            self.facts_of_account(tier, name) != other.facts_of_account(tier, name)
+                        }
+                        Difference::Absence => other.find_account(tier, name).is_none(),
+                    }
+                })
+            };
+            differences += u64::from(differs);
+        }
+        differences
     }
 
     fn facts_of_key(&self, name: &str) -> Option<KeyFacts<'_>> {

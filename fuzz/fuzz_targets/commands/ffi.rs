@@ -221,16 +221,17 @@ pub(crate) fn read_hash<const N: usize>(
     }
 }
 
-pub(crate) fn scan<F: FnMut(&[u8])>(
-    _ctx: &Context,
-    mut found: F,
-    mut between: impl FnMut(&mut F),
-) -> Option<()> {
-    for name in server::keys().keys() {
-        found(name);
-        between(&mut found);
+pub(crate) struct Cursor;
+
+impl Cursor {
+    pub(crate) fn new() -> Self {
+        Self
     }
-    Some(())
+
+    pub(crate) fn step<F: FnMut(&[u8])>(&mut self, _ctx: &Context, mut found: F) -> bool {
+        server::keys().keys().for_each(|name| found(name));
+        false
+    }
 }
 
 pub(crate) fn can_hold_hash(_ctx: &Context, name: &[u8]) -> bool {

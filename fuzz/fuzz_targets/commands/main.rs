@@ -34,6 +34,8 @@ mod ffi;
 mod node;
 #[path = "../../../src/pool/mod.rs"]
 mod pool;
+#[path = "../../../src/rebuild.rs"]
+mod rebuild;
 #[path = "../../../src/store.rs"]
 mod store;
 

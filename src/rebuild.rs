@@ -1,0 +1,245 @@
+//! A view that is made anew beside the one in use, a portion at a time, so that
+//! the server stands still at no size: for `MPOOL.REPAIR`. What happens
+//! meanwhile is told to both ([`Node::tell`]), so each portion finds both as the
+//! keyspace is; at the end they are compared, and the new one takes its place.
+
+use crate::accounts::Watcher;
+use crate::background::Turn;
+use crate::errors::Failure;
+use crate::ffi;
+use crate::node::{self, Node};
+use crate::pool::{Difference, Effect, Pool, Walk};
+use crate::store::{self, PoolKey};
+use redis_module::Context;
+use std::fmt;
+use std::time::{Duration, Instant};
+
+/// How long a portion takes at most, give or take its last step.
+const PORTION: Duration = Duration::from_micros(500);
+/// Accounts, or keys, that a step deals with: a few microseconds' work.
+const STEP: usize = 16;
+
+/// What had to be changed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Repaired {
+    pub(crate) counters: u64,
+    pub(crate) leases: u64,
+    /// Keys and accounts of which the view in use said something else.
+    pub(crate) view: u64,
+}
+
+impl Repaired {
+    /// Counts what is put right with the keyspace.
+    pub(crate) fn count(&mut self, effects: &[Effect]) {
+        for effect in effects {
+            match effect {
+                Effect::Slots { .. } | Effect::Uncount { .. } | Effect::Leave { .. } => {
+                    self.counters += 1;
+                }
+                _ => self.leases += 1,
+            }
+        }
+    }
+}
+
+/// Whoever waits for a repair's end.
+pub(crate) type Waiter = Box<dyn FnOnce(Result<Repaired, Failure>) + Send>;
+
+/// A rebuild under way.
+pub(crate) struct Rebuild {
+    /// The view that is being made; once it is in use, the one before.
+    pool: Pool,
+    phase: Phase,
+    repaired: Repaired,
+    waiting: Vec<Waiter>,
+    /// Those who came too late for this one: the next is theirs.
+    late: Vec<Waiter>,
+}
+
+enum Phase {
+    /// The account files, as the view in use has them.
+    Files(usize),
+    Keyspace(ffi::Cursor),
+    /// What the view in use says, against the new one.
+    Compare(Walk),
+    /// What the new one says of which the view in use has nothing.
+    Absent(Walk),
+    /// The new view is in use; what it has found at odds is put right.
+    Settle,
+}
+
+impl fmt::Debug for Rebuild {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Rebuild").finish_non_exhaustive()
+    }
+}
+
+impl Rebuild {
+    fn new(view: &Pool, waiting: Vec<Waiter>) -> Self {
+        Self {
+            pool: view.with_nothing(),
+            phase: Phase::Files(0),
+            repaired: Repaired::default(),
+            waiting,
+            late: Vec::new(),
+        }
+    }
+
+    /// The view that is being made, unless it is in use already.
+    pub(crate) fn pool(&mut self) -> Option<&mut Pool> {
+        (!self.is_settling()).then_some(&mut self.pool)
+    }
+
+    fn is_settling(&self) -> bool {
+        matches!(self.phase, Phase::Settle)
+    }
+
+    /// Counts what was put right, if that follows from the rebuild.
+    pub(crate) fn count(&mut self, effects: &[Effect]) {
+        if self.is_settling() {
+            self.repaired.count(effects);
+        }
+    }
+
+    /// What was made so far is of another keyspace.
+    pub(crate) fn restart(&mut self, view: &Pool) {
+        if !self.is_settling() {
+            self.pool = view.with_nothing();
+            self.phase = Phase::Files(0);
+            self.repaired = Repaired::default();
+        }
+    }
+}
+
+/// Begins a rebuild, or has one follow that which is under way.
+pub(crate) fn begin(waiter: Waiter) -> Result<(), Failure> {
+    node::with(|node| match &mut node.rebuild {
+        Some(rebuild) => rebuild.late.push(waiter),
+        None => node.rebuild = Some(Rebuild::new(&node.pool, vec![waiter])),
+    })?;
+    ffi::ring();
+    Ok(())
+}
+
+/// Goes on with the rebuild under way, if there is one, for a portion; `settled`
+/// is how putting things right has gone in this turn.
+pub(crate) fn go_on(ctx: &Context, settled: &Result<Turn, Failure>) {
+    let settling = node::with(|node| node.rebuild.as_ref().map(Rebuild::is_settling));
+    match (settling, settled) {
+        (Ok(None) | Err(_), _) => return,
+        (Ok(Some(false)), _) => {
+            let end = Instant::now() + PORTION;
+            while matches!(step(ctx), Ok(true)) && Instant::now() < end {}
+        }
+        (Ok(Some(true)), Ok(Turn::More)) => {}
+        (Ok(Some(true)), Ok(Turn::NotNow)) => {
+            // The watcher asks again in a while.
+            node::with_watcher(Watcher::wake);
+            return;
+        }
+        (Ok(Some(true)), Ok(Turn::Done)) => return finish(Ok(())),
+        (Ok(Some(true)), Err(failure)) => return finish(Err(failure.clone())),
+    }
+    ffi::ring();
+}
+
+/// Tells everybody who waits; those who came late have the next begun.
+fn finish(outcome: Result<(), Failure>) {
+    let done = node::with(|node| {
+        let mut done = node.rebuild.take()?;
+        let late = std::mem::take(&mut done.late);
+        if !late.is_empty() {
+            node.rebuild = Some(Rebuild::new(&node.pool, late));
+            ffi::ring();
+        }
+        Some(done)
+    });
+    let Ok(Some(done)) = done else { return };
+    for waiter in done.waiting {
+        waiter(outcome.clone().map(|()| done.repaired));
+    }
+    // With a million keys, that takes a while.
+    node::with_watcher(|watcher| watcher.discard(Box::new(done.pool)));
+}
+
+/// One step of a portion; answers whether there is more to do before settling.
+fn step(ctx: &Context) -> Result<bool, Failure> {
+    let more = node::with(|node| {
+        let Node { pool, rebuild, .. } = node;
+        let Some(rebuild) = rebuild else {
+            return Some(false);
+        };
+        match &mut rebuild.phase {
+            Phase::Files(from) => match pool.copy_files(&mut rebuild.pool, *from, STEP) {
+                Some(next) => *from = next,
+                None => rebuild.phase = Phase::Keyspace(ffi::Cursor::new()),
+            },
+            // Reading a key may make Redis expire it, which comes in here.
+            Phase::Keyspace(_) => return None,
+            Phase::Compare(walk) => {
+                let other = &rebuild.pool;
+                rebuild.repaired.view += pool.compare(other, walk, STEP, Difference::Any);
+                if walk.is_over(pool) {
+                    rebuild.phase = Phase::Absent(Walk::default());
+                }
+            }
+            Phase::Absent(walk) => {
+                let made = &rebuild.pool;
+                rebuild.repaired.view += made.compare(pool, walk, STEP, Difference::Absence);
+                if walk.is_over(made) {
+                    rebuild.phase = Phase::Settle;
+                    std::mem::swap(pool, &mut rebuild.pool);
+                }
+            }
+            Phase::Settle => return Some(false),
+        }
+        Some(true)
+    })?;
+    match more {
+        Some(more) => Ok(more),
+        None => scan(ctx).map(|()| true),
+    }
+}
+
+/// Reads some of the keyspace into the view that is being made.
+fn scan(ctx: &Context) -> Result<(), Failure> {
+    let cursor = node::with(|node| {
+        let rebuild = node.rebuild.as_mut()?;
+        match std::mem::replace(&mut rebuild.phase, Phase::Compare(Walk::default())) {
+            Phase::Keyspace(cursor) => Some(cursor),
+            other => {
+                rebuild.phase = other;
+                None
+            }
+        }
+    })?;
+    let Some(mut cursor) = cursor else {
+        return Ok(());
+    };
+    let mut names = Vec::new();
+    let mut more = true;
+    // Most names may be of something else than the pool.
+    for _ in 0..STEP {
+        if !more || names.len() >= STEP {
+            break;
+        }
+        more = store::scan(ctx, &mut cursor, &mut names);
+    }
+    node::with(|node| {
+        if let (true, Some(rebuild)) = (more, &mut node.rebuild) {
+            rebuild.phase = Phase::Keyspace(cursor);
+        }
+    })?;
+    for name in &names {
+        let Some(key) = PoolKey::parse(name) else {
+            continue;
+        };
+        let observation = key.read(ctx);
+        node::with(|node| {
+            if let Some(pool) = node.rebuild.as_mut().and_then(Rebuild::pool) {
+                observation.enter(pool);
+            }
+        })?;
+    }
+    Ok(())
+}
