@@ -19,7 +19,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::{self, NonNull};
-use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// What Redis is told of a command.
@@ -696,8 +696,8 @@ pub(crate) fn close_detached() {
 /// How a thread of the module calls the main thread: a byte written to the one
 /// end wakes the event loop, which watches the other.
 static BELL: Mutex<Option<(UnixStream, UnixStream)>> = Mutex::new(None);
-/// A turn is to come.
-static TURN_AHEAD: AtomicBool = AtomicBool::new(false);
+/// The timer of the turn to come; 0 while there is none.
+static TURN_AHEAD: AtomicU64 = AtomicU64::new(0);
 
 fn bell() -> MutexGuard<'static, Option<(UnixStream, UnixStream)>> {
     BELL.lock().unwrap_or_else(PoisonError::into_inner)
@@ -726,7 +726,7 @@ pub(crate) fn open_bell() -> Result<(), &'static str> {
     };
     let pair = open().ok_or("the server's event loop takes no further descriptor")?;
     *bell() = Some(pair);
-    TURN_AHEAD.store(false, Ordering::Relaxed);
+    TURN_AHEAD.store(0, Ordering::Relaxed);
     Ok(())
 }
 
@@ -762,22 +762,43 @@ unsafe extern "C" fn on_bell(_fd: c_int, _data: *mut c_void, _mask: c_int) {
     if let Some((_, clapper)) = &*bell() {
         while (&*clapper).read(&mut [0; 64]).is_ok_and(|count| count > 0) {}
     }
-    if TURN_AHEAD.swap(true, Ordering::Relaxed) {
+    let ctx = DETACHED.load(Ordering::Acquire);
+    if ctx.is_null() || TURN_AHEAD.load(Ordering::Relaxed) != 0 {
         return;
     }
-    let ctx = DETACHED.load(Ordering::Acquire);
     // SAFETY: a live context of the module, used on the main thread. The server
     // unloads no module that has a timer, so the callback's code is there.
-    unsafe {
-        match raw::RedisModule_CreateTimer {
-            Some(create) if !ctx.is_null() => drop(create(ctx, 0, Some(on_turn), ptr::null_mut())),
-            _ => TURN_AHEAD.store(false, Ordering::Relaxed),
-        }
+    let timer = unsafe {
+        raw::RedisModule_CreateTimer
+            .map_or(0, |create| create(ctx, 0, Some(on_turn), ptr::null_mut()))
+    };
+    TURN_AHEAD.store(timer, Ordering::Relaxed);
+}
+
+/// The server's cron, between commands as well. A timer waits for the time of
+/// day that it was set at: were the clock put back meanwhile, by an hour say,
+/// the turn would come an hour late.
+unsafe extern "C" fn on_cron(
+    ctx: *mut raw::RedisModuleCtx,
+    _event: raw::RedisModuleEvent,
+    _subevent: u64,
+    _data: *mut c_void,
+) {
+    let timer = TURN_AHEAD.load(Ordering::Relaxed);
+    if timer == 0 {
+        return;
+    }
+    // SAFETY: a plain call on the main thread with a context of the module's.
+    let stopped =
+        unsafe { raw::RedisModule_StopTimer.map(|stop| stop(ctx, timer, ptr::null_mut())) };
+    if stopped == Some(Status::Ok as c_int) {
+        // SAFETY: what the timer would have called, with a live context.
+        unsafe { on_turn(ctx, ptr::null_mut()) };
     }
 }
 
 unsafe extern "C" fn on_turn(ctx: *mut raw::RedisModuleCtx, _data: *mut c_void) {
-    TURN_AHEAD.store(false, Ordering::Relaxed);
+    TURN_AHEAD.store(0, Ordering::Relaxed);
     guarded("a turn", || crate::background::turn(&Context::new(ctx)));
 }
 
@@ -788,7 +809,7 @@ pub(crate) fn must_not_write() -> bool {
     unsafe { raw::RedisModule_AvoidReplicaTraffic.is_some_and(|avoid| avoid() != 0) }
 }
 
-/// Asks to be told when databases are flushed or swapped.
+/// Asks to be told when databases are flushed or swapped, and of the server's cron.
 pub(crate) fn subscribe(ctx: &Context) -> Result<(), &'static str> {
     let events = [
         (
@@ -796,11 +817,14 @@ pub(crate) fn subscribe(ctx: &Context) -> Result<(), &'static str> {
             on_flush as unsafe extern "C" fn(_, _, _, _),
         ),
         (raw::REDISMODULE_EVENT_SWAPDB, on_swap),
+        (raw::REDISMODULE_EVENT_CRON_LOOP, on_cron),
     ];
     for (id, callback) in events {
         let event = raw::RedisModuleEvent { id, dataver: 1 };
         if raw::subscribe_to_server_event(ctx.ctx, event, Some(callback)) != Status::Ok {
-            return Err("the server refuses to tell of flushes and swaps of databases");
+            return Err(
+                "the server refuses to tell of flushes and swaps of databases, or of its cron",
+            );
         }
     }
     Ok(())

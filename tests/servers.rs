@@ -12,7 +12,9 @@ mod support;
 
 use redis::Value;
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs;
+use std::process::Command;
 use std::time::Duration;
 use support::*;
 
@@ -525,6 +527,69 @@ fn nothing_is_put_right_in_the_midst_of_a_script() {
     assert_eq!(seen, [1, 1]);
     client.wait_for_account("a", false);
     client.check_repair();
+    assert!(server.is_alive());
+}
+
+/// Puts a server's clock back by an hour once the file that CLOCK_BACK names is there.
+const CLOCK: &str = r#"
+#define _GNU_SOURCE
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <unistd.h>
+
+int gettimeofday(struct timeval *restrict now, void *restrict zone) {
+    int result = syscall(SYS_gettimeofday, now, zone);
+    if (access(getenv("CLOCK_BACK"), F_OK) == 0) now->tv_sec -= 3600;
+    return result;
+}
+"#;
+
+/// Timers of the server wait for a time of day: for one that is an hour off,
+/// nothing would be seen of account files meanwhile.
+#[test]
+fn account_files_are_followed_though_the_clock_is_put_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let [source, library, back] =
+        ["clock.c", "clock.so", "back"].map(|name| folder.path().join(name));
+    fs::write(&source, CLOCK).unwrap();
+    let compiled = Command::new("cc")
+        .args(["-shared", "-fPIC", "-o"])
+        .args([&library, &source])
+        .status();
+    assert!(compiled.unwrap().success());
+    let preloaded = std::env::var_os("LD_PRELOAD").into_iter();
+    let preloaded: Vec<_> = preloaded.chain([library.into_os_string()]).collect();
+    let mut options = pool().server(&["--lua-time-limit", "50"]);
+    options.env = vec![
+        ("LD_PRELOAD".to_owned(), preloaded.join(OsStr::new(":"))),
+        ("CLOCK_BACK".to_owned(), back.clone().into_os_string()),
+    ];
+    let mut server = options.start();
+    let mut client = server.connect();
+    client.wait_for_account("a", true);
+    let mut other = server.connect();
+    let clock = |client: &mut Client| client.run::<Vec<i64>>(&["TIME"])[0];
+    let before = clock(&mut client);
+    std::thread::scope(|scope| {
+        let script = ["EVAL", "while true do end", "0"];
+        let script = scope.spawn(move || client.try_run::<Value>(&script).unwrap_err());
+        wait_for("the server to be busy", || {
+            other.try_run::<Value>(&["PING"]).err()
+        });
+        server.remove_account("medium/a");
+        // Long enough for the watcher to have asked for its turn.
+        std::thread::sleep(Duration::from_millis(500));
+        fs::write(back, "").unwrap();
+        other.ok(&["SCRIPT", "KILL"]);
+        script.join().unwrap();
+    });
+    assert!(clock(&mut other) < before);
+    other.wait_for_account("a", false);
+    server.write_account("medium/a", &bearer("a"));
+    other.wait_for_account("a", true);
+    other.check_repair();
+    other.unload();
     assert!(server.is_alive());
 }
 

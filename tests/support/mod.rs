@@ -190,6 +190,8 @@ pub struct Options {
     pub accounts: Vec<(String, String)>,
     /// On this machine's loopback unless told.
     pub place: Place,
+    /// The environment besides what it has anyway.
+    pub env: Vec<(String, OsString)>,
     /// How long starting may take, loading included; [`PATIENCE`] unless told.
     pub patience: Option<Duration>,
 }
@@ -321,6 +323,7 @@ impl Server {
             .current_dir(&data)
             // Where a panic in the module is worst.
             .env("RUST_BACKTRACE", "1")
+            .envs(self.options.env.clone())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null());
