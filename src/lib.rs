@@ -139,7 +139,9 @@ fn start(ctx: &Context, args: &[RedisString]) -> Result<(), &'static str> {
 fn unload(ctx: &Context) -> Status {
     ffi::guarded("the module's unload", || {
         background::close();
-        if !node::install_watcher(None).is_none_or(accounts::Watcher::stop) {
+        let stopped = node::install_watcher(None).map_or(Ok(()), accounts::Watcher::stop);
+        if let Err(watcher) = stopped {
+            node::install_watcher(Some(watcher));
             ffi::log(
                 RedisLogLevel::Warning,
                 "not unloaded: the watcher's thread waits for a file. Account files are not followed until \

@@ -136,21 +136,23 @@ impl Watcher {
     /// Asks the thread to end and waits for that, 3 s at most. The caller must
     /// hold no lock that the sink may be waiting for.
     ///
-    /// False: the thread is still busy (with a sink or a file system that
-    /// doesn't return) and will end later; its code must stay loaded.
-    pub(crate) fn stop(self) -> bool {
+    /// # Errors
+    /// The thread is still busy (with a sink or a file system that doesn't
+    /// return) and will end later; its code must stay loaded until another try
+    /// has succeeded.
+    pub(crate) fn stop(self) -> Result<(), Self> {
         self.shared.stop.store(true, Ordering::Release);
         self.send(Message::Stop);
         let deadline = Instant::now() + STOP_PATIENCE;
         while !self.thread.is_finished() {
             if Instant::now() >= deadline {
-                return false;
+                return Err(self);
             }
             thread::sleep(Duration::from_millis(1));
         }
         // It ended: what is left of a panic in it is of no interest.
         let _ = self.thread.join();
-        true
+        Ok(())
     }
 
     fn send(&self, message: Message) {
@@ -849,7 +851,7 @@ mod tests {
         assert_eq!(record.warnings, Vec::<String>::new());
         assert_eq!((record.readable, record.threads.len()), ([true; 3], 1));
         drop(record);
-        assert!(bench.watcher.stop());
+        assert!(bench.watcher.stop().is_ok());
     }
 
     #[test]
@@ -1166,7 +1168,7 @@ mod tests {
         });
         bench.token("medium/b.json", "1");
         bench.expect(&["valid medium b"]);
-        assert!(bench.watcher.stop());
+        assert!(bench.watcher.stop().is_ok());
     }
 
     #[test]
@@ -1232,7 +1234,7 @@ mod tests {
     fn stopping_is_quick_and_gives_up_on_a_stuck_sink() {
         let bench = Bench::new();
         let start = Instant::now();
-        assert!(bench.watcher.stop());
+        assert!(bench.watcher.stop().is_ok());
         assert!(start.elapsed() < Duration::from_secs(1));
 
         let bench = Bench::new();
@@ -1240,8 +1242,11 @@ mod tests {
         let sink = bench.sink.clone();
         bench.watcher.rescan(Box::new(|_| ()));
         until("stuck", || sink.stuck.load(Ordering::Acquire));
-        assert!(!bench.watcher.stop());
+        let watcher = bench.watcher.stop().err().unwrap();
+        // It is as stuck when it is asked again.
+        let watcher = watcher.stop().err().unwrap();
         sink.blocked.store(false, Ordering::Release);
+        assert!(watcher.stop().is_ok());
     }
 
     #[test]
