@@ -85,13 +85,17 @@ impl Pool {
             let lendable = account.class == Class::Lendable && used < self.capacity as usize;
             assert_eq!(account.in_bucket, lendable, "bucket of {name}");
             if lendable {
-                let place = self.places[id.slot()] as usize;
+                let place = self.places.get(id.slot()) as usize;
                 let found = self.tier(account.tier).buckets[used].get(place);
                 assert_eq!(found, Some(&id), "place of {name}");
                 index.buckets[used].push(id);
             }
             for (seat, key) in account.holders.iter().enumerate() {
-                assert_eq!(self.seats[key.slot()] as usize, seat, "a seat at {name}");
+                assert_eq!(
+                    self.seats.get(key.slot()) as usize,
+                    seat,
+                    "a seat at {name}"
+                );
             }
             let off = self.account_is_off(id);
             assert!(!off || account.queued, "{name} is off and nobody knows");

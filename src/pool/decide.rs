@@ -250,9 +250,8 @@ impl Pool {
         choice: &mut Choice,
     ) -> Option<AccountId> {
         let ties = self.tier(Tier::Medium).least_used()?;
-        let place = avoided.and_then(|id| self.places.get(id.slot()));
-        let place = place
-            .map(|&place| place as usize)
+        let place = avoided
+            .map(|id| self.places.get(id.slot()) as usize)
             .filter(|&place| ties.len() > 1 && ties.get(place).copied() == avoided);
         let key = self.key(key).map_or("", |key| &*key.name);
         let name = |position: usize| {

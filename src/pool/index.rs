@@ -161,13 +161,12 @@ impl Pool {
         let Some(bucket) = index.buckets.get_mut(account.holders.len()) else {
             return;
         };
-        let place = self.places.get(id.slot()).copied().unwrap_or(u32::MAX);
-        if (place as usize) < bucket.len() {
-            bucket.swap_remove(place as usize);
+        let place = self.places.get(id.slot()) as usize;
+        if place < bucket.len() {
+            bucket.swap_remove(place);
         }
-        let moved = bucket.get(place as usize);
-        if let Some(entry) = moved.and_then(|moved| self.places.get_mut(moved.slot())) {
-            *entry = place;
+        if let Some(moved) = bucket.get(place) {
+            self.places.set(moved.slot(), place);
         }
         index.mark(account.holders.len());
     }
@@ -191,7 +190,7 @@ impl Pool {
         if account.class == Class::Lendable
             && let Some(bucket) = index.buckets.get_mut(account.holders.len())
         {
-            set(&mut self.places, id.slot(), bucket.len());
+            self.places.set(id.slot(), bucket.len());
             bucket.push(id);
             account.in_bucket = true;
             index.mark(account.holders.len());
@@ -235,7 +234,7 @@ impl Pool {
     pub(super) fn seat(&mut self, key: KeyId, account: AccountId) {
         self.detach(account);
         if let Some(account) = self.accounts.get_mut(account.slot()) {
-            set(&mut self.seats, key.slot(), account.holders.len());
+            self.seats.set(key.slot(), account.holders.len());
             account.holders.push(key);
         }
         if let Some(entry) = self.keys.get_mut(key.slot()) {
@@ -251,27 +250,16 @@ impl Pool {
         let account = entry.holds.take()?;
         self.due.remove(&(entry.due(), key));
         self.detach(account);
-        let seat = self.seats.get(key.slot()).copied().unwrap_or(u32::MAX);
+        let seat = self.seats.get(key.slot()) as usize;
         if let Some(account) = self.accounts.get_mut(account.slot()) {
-            if account.holders.get(seat as usize) == Some(&key) {
-                account.holders.swap_remove(seat as usize);
+            if account.holders.get(seat) == Some(&key) {
+                account.holders.swap_remove(seat);
             }
-            let moved = account.holders.get(seat as usize);
-            if let Some(entry) = moved.and_then(|moved| self.seats.get_mut(moved.slot())) {
-                *entry = seat;
+            if let Some(moved) = account.holders.get(seat) {
+                self.seats.set(moved.slot(), seat);
             }
         }
         self.attach(account);
         Some(account)
-    }
-}
-
-/// Sets an entry of a table that grows with what it is about.
-fn set(table: &mut Vec<u32>, place: usize, value: usize) {
-    if table.len() <= place {
-        table.resize(place + 1, u32::MAX);
-    }
-    if let Some(entry) = table.get_mut(place) {
-        *entry = u32::try_from(value).unwrap_or(u32::MAX);
     }
 }

@@ -8,7 +8,7 @@
 //! and the account files ([`Pool::set_file`]) now say.
 //!
 //! - `view`: bringing observations in
-//! - `directory`, `slab`: things by name and by number
+//! - `directory`, `slab`, `pages`: things by name, by number and in a list
 //! - `index`: the orders that keep every decision cheap
 //! - `decide`: what commands do
 //! - `choice`: how ties are broken
@@ -22,6 +22,7 @@ mod directory;
 mod index;
 mod key;
 pub(crate) mod names;
+mod pages;
 mod settle;
 mod slab;
 mod status;
@@ -52,6 +53,7 @@ use directory::Directory;
 use hashbrown::DefaultHashBuilder;
 use index::TierIndex;
 use key::Key;
+use pages::{Stack, Table};
 use slab::Slab;
 use std::collections::BTreeSet;
 
@@ -134,9 +136,9 @@ pub(crate) struct Pool {
     recent: [Option<AccountId>; 2],
     /// By account: where it stands in its bucket. Apart from the accounts, as a
     /// place is often written without anything else of its account being read.
-    places: Vec<u32>,
+    places: Table,
     /// By key: where it sits among its account's holders; apart likewise.
-    seats: Vec<u32>,
+    seats: Table,
     /// Held slots by the instant at which they fall due.
     due: BTreeSet<(i64, KeyId)>,
     tiers: [TierIndex; 3],
@@ -148,7 +150,7 @@ pub(crate) struct Pool {
     /// Whether leases are being taken away only to see what would follow.
     supposing: bool,
     /// What may need putting right, each item once.
-    backlog: Vec<Item>,
+    backlog: Stack<Item>,
     /// The same for the command under way, which must leave nothing behind.
     touched: Option<Vec<Item>>,
 }
@@ -173,14 +175,14 @@ impl Pool {
             account_names: Directory::new(),
             hasher: DefaultHashBuilder::default(),
             recent: [None; 2],
-            places: Vec::new(),
-            seats: Vec::new(),
+            places: Table::new(),
+            seats: Table::new(),
             due: BTreeSet::new(),
             tiers: std::array::from_fn(|_| TierIndex::new(capacity)),
             horizon: i64::MIN,
             trusts_folder: [false; 3],
             supposing: false,
-            backlog: Vec::new(),
+            backlog: Stack::new(),
             touched: None,
         }
     }

@@ -33,10 +33,6 @@ impl Pool {
                 self.mend(item, &mut effects);
             }
         }
-        if self.backlog.is_empty() && self.backlog.capacity() > BACKLOG_SLACK {
-            // A load has left the room of an entry a key.
-            self.backlog = Vec::new();
-        }
         effects
     }
 
@@ -111,7 +107,7 @@ impl Pool {
             self.backlog.push(item);
         }
         if self.backlog.len() > 2 * (self.keys.len() + self.accounts.len()) + BACKLOG_SLACK {
-            for item in std::mem::take(&mut self.backlog) {
+            for item in self.backlog.take() {
                 self.set_queued(item, false);
             }
             self.suspect_all();
