@@ -445,6 +445,9 @@ fn main() {
         let sizes = table.sizes.into_iter();
         let sizes = sizes.filter(|size| size.0 <= accounts && size.1 <= keys);
         let mut cells: Vec<Cell> = sizes.map(|size| Cell::new(table, size)).collect();
+        if cells.is_empty() {
+            continue;
+        }
         for is_last in [false, true] {
             for round in 1..=rounds {
                 progress(&format!("growth: round {round} of {rounds}"));
