@@ -1,154 +1,81 @@
 //! Finds the numbers of things by the hashes of their names.
 //!
-//! A look-up is for the most part one look at memory: each entry has a part of
-//! the hash beside the number, so that hardly a wrong name is ever compared. It
-//! grows shard by shard, and by a quarter, without looking at any name: no
-//! growth is felt, however many names there are.
+//! Each entry has a part of the hash beside the number: hardly a wrong name is
+//! ever compared, and growth looks at no name. It grows shard by shard, so that
+//! no growth is felt, however many names there are.
+
+use hashbrown::HashTable;
 
 /// Entries are spread over so many tables.
 const SHARDS: usize = 64;
-/// No entry: the number in it is never given out.
-const EMPTY: u64 = u64::MAX;
 
 #[derive(Debug)]
 pub(super) struct Directory {
-    shards: Vec<Shard>,
+    shards: Vec<HashTable<Entry>>,
 }
 
-/// A table with linear probing. An entry is the upper half of the hash, then
-/// the number; in the order of the hashes, but for what collisions push on.
-#[derive(Clone, Debug, Default)]
-struct Shard {
-    entries: Vec<u64>,
-    used: usize,
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Entry {
+    /// The upper half of the hash; the lower one has chosen the shard.
+    part: u32,
+    number: u32,
+}
+
+impl Entry {
+    fn new(hash: u64, number: u32) -> Self {
+        let part = (hash >> 32) as u32;
+        Self { part, number }
+    }
+
+    /// A hash as the table wants it, of which both ends count.
+    fn spread(&self) -> u64 {
+        u64::from(self.part) << 32 | u64::from(self.part)
+    }
 }
 
 impl Directory {
     pub(super) fn new() -> Self {
         Self {
-            shards: vec![Shard::default(); SHARDS],
+            shards: vec![HashTable::new(); SHARDS],
         }
     }
 
     #[cfg(any(test, fuzzing))]
     pub(super) fn len(&self) -> usize {
-        self.shards.iter().map(|shard| shard.used).sum()
+        self.shards.iter().map(HashTable::len).sum()
     }
 
     /// The number under that hash of which `is` says that it is meant.
-    pub(super) fn find(&self, hash: u64, is: impl FnMut(u32) -> bool) -> Option<u32> {
-        let shard = self.shards.get(Self::shard(hash))?;
-        shard.place(hash, is).map(|place| number(shard.at(place)))
+    pub(super) fn find(&self, hash: u64, mut is: impl FnMut(u32) -> bool) -> Option<u32> {
+        let wanted = Entry::new(hash, 0);
+        let found = self
+            .shards
+            .get(Self::shard(hash))?
+            .find(wanted.spread(), |entry| {
+                entry.part == wanted.part && is(entry.number)
+            });
+        found.map(|entry| entry.number)
     }
 
-    /// Enters a number other than `u32::MAX` that isn't there.
+    /// Enters a number that isn't there.
     pub(super) fn insert(&mut self, hash: u64, number: u32) {
+        let entry = Entry::new(hash, number);
         if let Some(shard) = self.shards.get_mut(Self::shard(hash)) {
-            shard.make_room();
-            shard.insert(upper(hash) | u64::from(number));
-            shard.used += 1;
+            shard.insert_unique(entry.spread(), entry, Entry::spread);
         }
     }
 
     pub(super) fn remove(&mut self, hash: u64, number: u32) {
+        let entry = Entry::new(hash, number);
         if let Some(shard) = self.shards.get_mut(Self::shard(hash))
-            && let Some(place) = shard.place(hash, |found| found == number)
+            && let Ok(found) = shard.find_entry(entry.spread(), |found| *found == entry)
         {
-            shard.remove(place);
-            shard.used -= 1;
+            found.remove();
         }
     }
 
     fn shard(hash: u64) -> usize {
         hash as usize % SHARDS
-    }
-}
-
-const fn upper(hash: u64) -> u64 {
-    hash & !(u32::MAX as u64)
-}
-
-const fn number(entry: u64) -> u32 {
-    entry as u32
-}
-
-impl Shard {
-    fn at(&self, place: usize) -> u64 {
-        self.entries.get(place).copied().unwrap_or(EMPTY)
-    }
-
-    fn put(&mut self, place: usize, entry: u64) {
-        if let Some(old) = self.entries.get_mut(place) {
-            *old = entry;
-        }
-    }
-
-    /// Where an entry belongs if nothing stands there.
-    fn home(&self, hash: u64) -> usize {
-        (((hash >> 32) * self.entries.len() as u64) >> 32) as usize
-    }
-
-    fn after(&self, place: usize) -> usize {
-        if place + 1 < self.entries.len() {
-            place + 1
-        } else {
-            0
-        }
-    }
-
-    fn place(&self, hash: u64, mut is: impl FnMut(u32) -> bool) -> Option<usize> {
-        let mut place = self.home(hash);
-        loop {
-            let entry = self.at(place);
-            if entry == EMPTY {
-                return None;
-            }
-            if upper(entry) == upper(hash) && is(number(entry)) {
-                return Some(place);
-            }
-            place = self.after(place);
-        }
-    }
-
-    /// Keeps a fifth of the table empty, lest a look-up become a search.
-    fn make_room(&mut self) {
-        let size = self.entries.len();
-        if (self.used + 1) * 5 <= size * 4 {
-            return;
-        }
-        let larger = vec![EMPTY; size + size / 4 + 4];
-        for entry in std::mem::replace(&mut self.entries, larger) {
-            if entry != EMPTY {
-                self.insert(entry);
-            }
-        }
-    }
-
-    fn insert(&mut self, entry: u64) {
-        let mut place = self.home(entry);
-        while self.at(place) != EMPTY {
-            place = self.after(place);
-        }
-        self.put(place, entry);
-    }
-
-    /// Empties a place; what collisions have pushed beyond it moves up.
-    fn remove(&mut self, place: usize) {
-        let mut gap = place;
-        let mut place = self.after(gap);
-        while self.at(place) != EMPTY {
-            let entry = self.at(place);
-            let distance = |from: usize| {
-                let size = self.entries.len();
-                (place + size - from) % size
-            };
-            if distance(self.home(entry)) >= distance(gap) {
-                self.put(gap, entry);
-                gap = place;
-            }
-            place = self.after(place);
-        }
-        self.put(gap, EMPTY);
     }
 }
 
