@@ -101,6 +101,14 @@ impl Rebuild {
         }
     }
 
+    /// The view in use has its accounts in another order, and nothing else has
+    /// changed: files are copied from the first on, lest one be left out.
+    pub(crate) fn renumbered(&mut self) {
+        if let Phase::Files(from) = &mut self.phase {
+            *from = 0;
+        }
+    }
+
     /// What was made so far is of another keyspace.
     pub(crate) fn restart(&mut self, view: &Pool) {
         if !self.is_settling() {

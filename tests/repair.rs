@@ -14,6 +14,7 @@ use redis::Value;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
+use std::time::Duration;
 use support::*;
 
 const NOW: i64 = 1_755_266_400_000;
@@ -173,6 +174,40 @@ fn a_repair_starts_over_when_the_keyspace_is_another() {
         other.acquire(&key(0), NOW);
         other.check_invariants(2);
         assert!(server.is_alive());
+    }
+}
+
+#[test]
+fn a_repair_in_multi_takes_no_account_from_one_under_way() {
+    const FILES: usize = 3_000;
+    const PORTION: usize = 100;
+    let account = |number: usize| format!("medium/a{number:04}");
+    let server = Options::default().start();
+    for number in 0..FILES {
+        server.write_account(&account(number), &bearer("x"));
+    }
+    let (mut one, mut other) = (server.connect(), server.connect());
+    for round in 0..24 {
+        // Those that stay are numbered afresh in the view that is made in MULTI.
+        for number in round * PORTION..(round + 1) * PORTION {
+            server.remove_account(&account(number));
+        }
+        one.ok(&["MPOOL.RELOAD"]);
+        let words = redis::cmd("MPOOL.REPAIR").get_packed_command();
+        one.connection.send_packed_command(&words).unwrap();
+        // Some come before its first portion, some after the files.
+        thread::sleep(Duration::from_micros(round as u64 % 6 * 300));
+        let mut multi = redis::pipe();
+        multi.atomic().cmd("MPOOL.REPAIR").ignore();
+        multi.query::<()>(&mut other.connection).unwrap();
+        let answer = one.connection.recv_response().unwrap();
+        let repaired: BTreeMap<String, i64> = redis::from_redis_value(answer).unwrap();
+        assert_eq!(repaired["changed"], 0, "{round} {repaired:?}");
+        let status = other.map(&["MPOOL.STATUS"]);
+        let medium: BTreeMap<String, Value> =
+            redis::from_redis_value(status["medium"].clone()).unwrap();
+        let accounts: usize = redis::from_redis_value(medium["accounts"].clone()).unwrap();
+        assert_eq!(accounts, FILES - (round + 1) * PORTION);
     }
 }
 

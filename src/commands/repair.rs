@@ -46,6 +46,9 @@ fn at_once(ctx: &Context) -> Result<Repaired, Failure> {
     let mut repaired = node::with(|node| {
         let view = node.pool.differences(&rebuilt);
         node.pool = rebuilt;
+        if let Some(rebuild) = &mut node.rebuild {
+            rebuild.renumbered();
+        }
         Repaired {
             view,
             ..Repaired::default()
