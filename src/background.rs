@@ -52,19 +52,19 @@ pub(crate) enum Turn {
 /// One turn, on the main thread.
 pub(crate) fn turn(ctx: &Context) {
     let asked = ASKED.swap(false, Ordering::AcqRel);
-    let turn = ffi::guarded("a turn", || carry_out(ctx)).unwrap_or(Turn::Done);
+    let turn = ffi::guarded("a turn", || carry_out(ctx, asked)).unwrap_or(Turn::Done);
     if asked && let Some(sender) = &*TURNS.lock().unwrap_or_else(PoisonError::into_inner) {
         // Nobody has asked since for another.
         let _ = sender.try_send(turn);
     }
 }
 
-fn carry_out(ctx: &Context) -> Turn {
+fn carry_out(ctx: &Context, asked: bool) -> Turn {
     let more_news = node::take_in().unwrap_or(false);
     // A holder whose account is gone must find another at its very next
     // acquire, and everyone else its slots: so with the change itself.
     let settled = put_right(ctx);
-    rebuild::go_on(ctx, &settled);
+    rebuild::go_on(ctx, &settled, asked);
     match settled {
         _ if more_news => Turn::More,
         Ok(turn) => turn,

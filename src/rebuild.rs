@@ -130,8 +130,9 @@ pub(crate) fn begin(waiter: Waiter) -> Result<(), Failure> {
 }
 
 /// Goes on with the rebuild under way, if there is one, for a portion; `settled`
-/// is how putting things right has gone in this turn.
-pub(crate) fn go_on(ctx: &Context, settled: &Result<Turn, Failure>) {
+/// is how putting things right has gone in this turn, `asked` whether the watcher
+/// waits for it.
+pub(crate) fn go_on(ctx: &Context, settled: &Result<Turn, Failure>, asked: bool) {
     let settling = node::with(|node| node.rebuild.as_ref().map(Rebuild::is_settling));
     match (settling, settled) {
         (Ok(None) | Err(_), _) => return,
@@ -141,8 +142,11 @@ pub(crate) fn go_on(ctx: &Context, settled: &Result<Turn, Failure>) {
         }
         (Ok(Some(true)), Ok(Turn::More)) => {}
         (Ok(Some(true)), Ok(Turn::NotNow)) => {
-            // The watcher asks again in a while.
-            node::with_watcher(Watcher::wake);
+            // The watcher asks again in a while, once it has asked; to wake it
+            // then would be to have it ask at once, for ever.
+            if !asked {
+                node::with_watcher(Watcher::wake);
+            }
             return;
         }
         (Ok(Some(true)), Ok(Turn::Done)) => return finish(Ok(())),

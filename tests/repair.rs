@@ -177,6 +177,40 @@ fn a_repair_starts_over_when_the_keyspace_is_another() {
     }
 }
 
+/// Processor time that a process has taken, in hundredths of a second.
+fn processor_time(pid: u32) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let (_, fields) = stat.rsplit_once(") ").unwrap();
+    let fields: Vec<_> = fields.split(' ').collect();
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
+
+#[test]
+fn a_repair_waits_idly_for_the_end_of_a_pause() {
+    let server = pool(20_000);
+    let (mut one, mut other) = (server.connect(), server.connect());
+    let waits = |other: &mut Client| {
+        let listed: String = other.run(&["CLIENT", "LIST"]);
+        let mut lines = listed.lines();
+        lines.any(|line| line.contains("cmd=mpool.repair") && line.contains("flags=b"))
+    };
+    let words = redis::cmd("MPOOL.REPAIR").get_packed_command();
+    one.connection.send_packed_command(&words).unwrap();
+    wait_for("the repair to begin", || waits(&mut other).then_some(()));
+    other.ok(&["CLIENT", "PAUSE", "60000", "WRITE"]);
+    // By then, nothing is left to do but to write.
+    thread::sleep(Duration::from_secs(2));
+    let before = processor_time(server.pid());
+    thread::sleep(Duration::from_secs(1));
+    let taken = processor_time(server.pid()) - before;
+    assert!(waits(&mut other));
+    other.ok(&["CLIENT", "UNPAUSE"]);
+    let answer = one.connection.recv_response().unwrap();
+    let repaired: BTreeMap<String, i64> = redis::from_redis_value(answer).unwrap();
+    assert_eq!(repaired["changed"], 0, "{repaired:?}");
+    assert!(taken <= 20, "{taken} hundredths of a second in one");
+}
+
 #[test]
 fn a_repair_in_multi_takes_no_account_from_one_under_way() {
     const FILES: usize = 3_000;
