@@ -52,7 +52,11 @@ pub(crate) enum Turn {
 /// One turn, on the main thread.
 pub(crate) fn turn(ctx: &Context) {
     let asked = ASKED.swap(false, Ordering::AcqRel);
-    let turn = ffi::guarded("a turn", || carry_out(ctx, asked)).unwrap_or(Turn::Done);
+    let turn = ffi::guarded("a turn", || carry_out(ctx, asked)).unwrap_or_else(|| {
+        // Nobody would go on with it.
+        ffi::guarded("the end of a repair", rebuild::give_up);
+        Turn::Done
+    });
     if asked && let Some(sender) = &*TURNS.lock().unwrap_or_else(PoisonError::into_inner) {
         // Nobody has asked since for another.
         let _ = sender.try_send(turn);

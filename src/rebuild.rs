@@ -155,6 +155,11 @@ pub(crate) fn go_on(ctx: &Context, settled: &Result<Turn, Failure>, asked: bool)
     ffi::ring();
 }
 
+/// Ends the rebuild under way, if there is one, with nothing changed.
+pub(crate) fn give_up() {
+    finish(Err(Failure::Internal));
+}
+
 /// Tells everybody who waits; those who came late have the next begun.
 fn finish(outcome: Result<(), Failure>) {
     let done = node::with(|node| {
