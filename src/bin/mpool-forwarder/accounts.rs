@@ -250,7 +250,8 @@ impl Accounts {
             out += usize::from(is_out);
             // What is out has no say.
             failing += usize::from(!is_out && other.failed_since(since));
-            sound += usize::from(other.well_since(since) && !other.failed_since(since));
+            // In the same ms it may have been well before.
+            sound += usize::from(other.well_since(since + 1) && !other.failed_since(since));
         }
         let most_out = (all.len() / ONE_OUT_OF).max(1);
         drop(all);
@@ -357,6 +358,18 @@ mod tests {
                 assert_eq!(accounts.failed(&accounts.named(name), 1000, now), None);
             }
         }
+    }
+
+    /// All is well with b, and a breaks within the ms in which the upstream goes.
+    #[test]
+    fn a_good_answer_of_the_same_moment_speaks_for_nobody() {
+        let accounts = Accounts::default();
+        let (a, b) = (accounts.named("a"), accounts.named("b"));
+        b.well(10);
+        let failures = [10, 11, 12].map(|now| accounts.failed(&a, 1000, now));
+        assert_eq!(failures, [None; 3]);
+        b.well(13);
+        assert_eq!(accounts.failed(&a, 1000, 14), Some(1));
     }
 
     #[test]
