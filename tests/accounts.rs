@@ -546,9 +546,8 @@ fn a_reload_whose_client_has_gone_is_nobodys_trouble() {
     let mut server = Options::default().accounts(&["a", "b"]).start();
     for _ in 0..30 {
         let mut client = server.connect();
-        let words = redis::cmd("MPOOL.RELOAD").get_packed_command();
         // Sent, and gone before the reply.
-        client.connection.send_packed_command(&words).unwrap();
+        client.send(&["MPOOL.RELOAD"]);
         drop(client);
     }
     std::thread::scope(|scope| {
@@ -559,13 +558,9 @@ fn a_reload_whose_client_has_gone_is_nobodys_trouble() {
     let mut client = server.connect();
     client.check_repair();
     let mut leaving = server.connect();
-    let words = redis::cmd("MPOOL.RELOAD").get_packed_command();
-    leaving.connection.send_packed_command(&words).unwrap();
+    leaving.send(&["MPOOL.RELOAD"]);
     // Redis unloads no module that a client waits for.
-    wait_for("the module to go", || {
-        let outcome = client.try_run::<redis::Value>(&["MODULE", "UNLOAD", "mpool"]);
-        outcome.ok().map(drop)
-    });
+    client.unload();
     assert!(server.is_alive());
 }
 

@@ -256,16 +256,6 @@ impl Run {
     }
 }
 
-fn load(client: &mut Client, server: &Server) {
-    client.ok(&[
-        "MODULE",
-        "LOAD",
-        module().to_str().unwrap(),
-        "account-dir",
-        server.account_dir().to_str().unwrap(),
-    ]);
-}
-
 /// Waits until nothing is being saved.
 fn wait_for_children(client: &mut Client) {
     wait_for("what is being saved", || {
@@ -298,7 +288,7 @@ fn incident(number: usize, server: &mut Server, replica: &mut Server) {
             for _ in 0..3 {
                 client.unload();
                 client.error(&["MPOOL.STATUS"]);
-                load(&mut client, server);
+                client.load(server);
             }
         }
         3 => {
@@ -307,7 +297,7 @@ fn incident(number: usize, server: &mut Server, replica: &mut Server) {
         }
         4 => {
             other.unload();
-            load(&mut other, replica);
+            other.load(replica);
             replica.shutdown();
             replica.launch();
         }

@@ -442,7 +442,6 @@ fn the_module_can_be_unloaded_and_loaded_again() {
     let keys = populate(&mut client);
     // Two leases, so that either of two accounts can take them.
     client.ok(&["MPOOL.RELEASE", &keys[2]]);
-    let (path, folder) = (module(), server.account_dir());
     for round in 0..5 {
         client.unload();
         client.refused("ERR", &["MPOOL.STATUS"]);
@@ -455,13 +454,7 @@ fn the_module_can_be_unloaded_and_loaded_again() {
         server.write_account(&format!("medium/{back}"), &bearer(back));
         server.remove_account(&format!("medium/{gone}"));
         client.ok(&["SET", "medium_pool:slots:cold", "2"]);
-        client.ok(&[
-            "MODULE",
-            "LOAD",
-            path.to_str().unwrap(),
-            "account-dir",
-            folder.to_str().unwrap(),
-        ]);
+        client.load(&server);
         for key in &keys[..2] {
             assert_eq!(client.acquire(key, 2000 + round).account, back);
         }
@@ -489,13 +482,7 @@ fn the_module_can_be_unloaded_and_loaded_again() {
         if client.try_run::<Value>(&["MPOOL.STATUS"]).is_ok() {
             client.unload();
         }
-        client.ok(&[
-            "MODULE",
-            "LOAD",
-            path.to_str().unwrap(),
-            "account-dir",
-            folder.to_str().unwrap(),
-        ]);
+        client.load(&server);
         client.check_repair();
     }
     assert!(server.is_alive());
@@ -598,7 +585,6 @@ fn an_unload_amid_a_flood_of_account_files_harms_nothing() {
     let mut server = pool().start();
     let mut client = server.connect();
     let keys = populate(&mut client);
-    let (path, folder) = (module(), server.account_dir());
     for round in 0..20 {
         for number in 0..200 {
             let name = format!("medium/x{number}");
@@ -611,8 +597,7 @@ fn an_unload_amid_a_flood_of_account_files_harms_nothing() {
         // At another moment of the watcher's each time.
         std::thread::sleep(Duration::from_millis(5 * round));
         client.unload();
-        let module = ["MODULE", "LOAD", path.to_str().unwrap()];
-        client.ok(&[&module[..], &["account-dir", folder.to_str().unwrap()]].concat());
+        client.load(&server);
     }
     for key in &keys[..2] {
         client.acquire(key, 3000);
@@ -644,14 +629,7 @@ fn an_unload_closes_the_connections_that_point_to_the_modules_commands() {
         assert!(error.is_connection_dropped(), "{words:?}: {error}");
     }
     assert!(other.error(&acquire).contains("unknown command"));
-    let (path, folder) = (module(), server.account_dir());
-    client.ok(&[
-        "MODULE",
-        "LOAD",
-        path.to_str().unwrap(),
-        "account-dir",
-        folder.to_str().unwrap(),
-    ]);
+    client.load(&server);
     assert_eq!(other.acquire(&key, 1000).state, "current");
     assert!(server.is_alive());
 }
@@ -704,14 +682,7 @@ fn the_module_can_be_loaded_into_a_running_server_with_data() {
     client.ok(&["SET", "medium_pool:slots:a", "2"]);
     client.ok(&["SET", "medium_pool:slots:nowhere", "1"]);
     client.ok(&["SELECT", "3"]);
-    let folder = server.account_dir();
-    client.ok(&[
-        "MODULE",
-        "LOAD",
-        module().to_str().unwrap(),
-        "account-dir",
-        folder.to_str().unwrap(),
-    ]);
+    client.load(&server);
     client.ok(&["SELECT", "0"]);
     let lease = client.acquire("k", 2000);
     assert_eq!(

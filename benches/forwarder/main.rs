@@ -651,15 +651,7 @@ fn version(name: &str, line: &str) -> String {
 
 /// CPU time of a process and all its threads, in microseconds.
 fn cpu_time(pid: u32) -> f64 {
-    let text = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    // The name, in brackets, may hold anything.
-    let fields: Vec<&str> = text.rsplit(") ").next().unwrap().split(' ').collect();
-    let ticks: u64 = fields[11..13]
-        .iter()
-        .map(|field| field.parse::<u64>().unwrap())
-        .sum();
-    // Linux shows these in hundredths of a second, whatever its own clock.
-    ticks as f64 * 1e4
+    common::support::cpu_time(pid).as_micros() as f64
 }
 
 /// The most memory that the processes ever had, in MB.

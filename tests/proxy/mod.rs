@@ -352,13 +352,7 @@ impl Forwarder {
 
     /// Processor time used so far, in user space and in the kernel.
     pub fn cpu_time(&self) -> Duration {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();
-        // The name, in brackets, may hold anything.
-        let (_, rest) = stat.rsplit_once(") ").unwrap();
-        let ticks = rest.split(' ').skip(11).take(2);
-        let ticks: u64 = ticks.map(|number| number.parse::<u64>().unwrap()).sum();
-        // /proc counts in hundredths of a second on every machine.
-        Duration::from_millis(ticks * 10)
+        crate::support::cpu_time(self.pid())
     }
 
     /// How many file descriptors it has open.

@@ -589,6 +589,22 @@ impl Client {
         });
     }
 
+    /// Loads the module again, with that server's account folder.
+    #[track_caller]
+    pub fn load(&mut self, server: &Server) {
+        let (path, folder) = (module(), server.account_dir());
+        let load = ["MODULE", "LOAD", path.to_str().unwrap()];
+        self.ok(&[&load[..], &["account-dir", folder.to_str().unwrap()]].concat());
+    }
+
+    /// Sends a command whose answer is to be waited for later, or never.
+    pub fn send(&mut self, words: &[&str]) {
+        let mut command = redis::Cmd::new();
+        command.arg(words);
+        let packed = command.get_packed_command();
+        self.connection.send_packed_command(&packed).unwrap();
+    }
+
     /// The whole text of the error that the command must give.
     #[track_caller]
     pub fn error(&mut self, words: &[&str]) -> String {
@@ -793,6 +809,17 @@ impl Client {
         let repair: BTreeMap<String, i64> = self.run(&["MPOOL.REPAIR"]);
         assert_eq!(repair["changed"], 0, "{repair:?}");
     }
+}
+
+/// Processor time that a process has used so far, in user space and in the kernel.
+pub fn cpu_time(pid: u32) -> Duration {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    // The name, in brackets, may hold anything.
+    let (_, rest) = stat.rsplit_once(") ").unwrap();
+    let ticks = rest.split(' ').skip(11).take(2);
+    let ticks: u64 = ticks.map(|number| number.parse::<u64>().unwrap()).sum();
+    // /proc counts in hundredths of a second on every machine.
+    Duration::from_millis(ticks * 10)
 }
 
 /// The reply to an acquire.
