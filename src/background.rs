@@ -14,7 +14,7 @@ use redis_module::logging::RedisLogLevel;
 use redis_module::{Context, ContextFlags};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, SyncSender};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Takes changes of account files into the pool.
 #[derive(Debug)]
@@ -28,16 +28,20 @@ static TURNS: Mutex<Option<SyncSender<Turn>>> = Mutex::new(None);
 /// not for one that had begun before.
 static ASKED: AtomicBool = AtomicBool::new(false);
 
+fn turns() -> MutexGuard<'static, Option<SyncSender<Turn>>> {
+    TURNS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Makes ready for a watcher; one at a time.
 pub(crate) fn open() -> Background {
-    let (sender, turns) = mpsc::sync_channel(1);
-    *TURNS.lock().unwrap_or_else(PoisonError::into_inner) = Some(sender);
-    Background { turns }
+    let (sender, receiver) = mpsc::sync_channel(1);
+    *turns() = Some(sender);
+    Background { turns: receiver }
 }
 
 /// No more turns: the watcher, if it waits for one, waits no longer.
 pub(crate) fn close() {
-    *TURNS.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    *turns() = None;
 }
 
 /// How a turn went.
@@ -57,7 +61,7 @@ pub(crate) fn turn(ctx: &Context) {
         ffi::guarded("the end of a repair", rebuild::give_up);
         Turn::Done
     });
-    if asked && let Some(sender) = &*TURNS.lock().unwrap_or_else(PoisonError::into_inner) {
+    if asked && let Some(sender) = &*turns() {
         // Nobody has asked since for another.
         let _ = sender.try_send(turn);
     }
@@ -129,12 +133,11 @@ pub(crate) fn enter(node: &mut Node, change: Change) {
             name,
             credential,
         } => {
-            let file = File::Valid(Box::new(credential));
-            node.tell(|pool| pool.set_file(tier, &name, file.clone()));
+            node.set_file(tier, &name, File::Valid(Box::new(credential)));
         }
         Change::Invalid { tier, name, reason } => {
             complain(node, tier, &format!("{name}.json"), reason);
-            node.tell(|pool| pool.set_file(tier, &name, File::Invalid(reason)));
+            node.set_file(tier, &name, File::Invalid(reason));
         }
         Change::BadName { tier, file } => {
             complain(node, tier, &file, BAD_NAME);
@@ -148,7 +151,7 @@ pub(crate) fn enter(node: &mut Node, change: Change) {
                 } else {
                     File::Unknown
                 };
-                node.tell(|pool| pool.set_file(tier, &file, file_now.clone()));
+                node.set_file(tier, &file, file_now);
             }
         }
     }

@@ -6,9 +6,9 @@ use crate::accounts::{Change, Watcher};
 use crate::background;
 use crate::errors::{CODES, Failure};
 use crate::ffi;
-use crate::pool::{Choice, Effect, Pool, State, Tier};
+use crate::pool::{Choice, Effect, File, Pool, State, Tier};
 use crate::rebuild::Rebuild;
-use crate::store::{self, PoolKey};
+use crate::store;
 use redis_module::{Context, ContextFlags};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -99,11 +99,27 @@ impl Node {
         }
     }
 
+    /// Tells both of an account's file.
+    pub(crate) fn set_file(&mut self, tier: Tier, name: &str, file: File) {
+        if let Some(pool) = self.rebuild.as_mut().and_then(Rebuild::pool) {
+            pool.set_file(tier, name, file.clone());
+        }
+        self.pool.set_file(tier, name, file);
+    }
+
     /// Puts another view of the keyspace, or of another keyspace, in its place.
     pub(crate) fn replace(&mut self, pool: Pool) {
         self.pool = pool;
         if let Some(rebuild) = &mut self.rebuild {
             rebuild.restart(&self.pool);
+        }
+    }
+
+    /// Puts a view of the same keyspace and files in its place, made anew.
+    pub(crate) fn renew(&mut self, pool: Pool) {
+        self.pool = pool;
+        if let Some(rebuild) = &mut self.rebuild {
+            rebuild.renumbered();
         }
     }
 }
@@ -168,16 +184,8 @@ pub(crate) fn clock() -> i64 {
 /// Makes the view from the keyspace anew.
 pub(crate) fn rebuilt(ctx: &Context) -> Result<Pool, Failure> {
     let mut pool = with(|node| node.pool.without_keyspace())?;
-    let (mut cursor, mut more) = (ffi::Cursor::new(), true);
-    while more {
-        let mut names = Vec::new();
-        more = store::scan(ctx, &mut cursor, &mut names);
-        for name in names {
-            if let Some(key) = PoolKey::parse(&name) {
-                key.read(ctx).enter(&mut pool);
-            }
-        }
-    }
+    let mut cursor = ffi::Cursor::new();
+    while store::scan(ctx, &mut cursor, |observation| observation.enter(&mut pool)) {}
     Ok(pool)
 }
 

@@ -9,7 +9,7 @@ use crate::errors::Failure;
 use crate::ffi;
 use crate::node::{self, Node};
 use crate::pool::{Difference, Effect, Pool, Walk};
-use crate::store::{self, PoolKey};
+use crate::store;
 use redis_module::Context;
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -233,28 +233,26 @@ fn scan(ctx: &Context) -> Result<(), Failure> {
     let Some(mut cursor) = cursor else {
         return Ok(());
     };
-    let mut names = Vec::new();
-    let mut more = true;
-    // Most names may be of something else than the pool.
+    let (mut found, mut more) = (0, true);
+    // Most keys may be of something else than the pool.
     for _ in 0..STEP {
-        if !more || names.len() >= STEP {
+        if !more || found >= STEP {
             break;
         }
-        more = store::scan(ctx, &mut cursor, &mut names);
+        more = store::scan(ctx, &mut cursor, |observation| {
+            found += 1;
+            // Nobody else has the node: this is the main thread.
+            let _ = node::with(|node| {
+                if let Some(pool) = node.rebuild.as_mut().and_then(Rebuild::pool) {
+                    observation.enter(pool);
+                }
+            });
+        });
     }
-    node::with(|node| {
-        if let (true, Some(rebuild)) = (more, &mut node.rebuild) {
-            rebuild.phase = Phase::Keyspace(cursor);
-        }
-    })?;
-    for name in &names {
-        let Some(key) = PoolKey::parse(name) else {
-            continue;
-        };
-        let observation = key.read(ctx);
+    if more {
         node::with(|node| {
-            if let Some(pool) = node.rebuild.as_mut().and_then(Rebuild::pool) {
-                observation.enter(pool);
+            if let Some(rebuild) = &mut node.rebuild {
+                rebuild.phase = Phase::Keyspace(cursor);
             }
         })?;
     }

@@ -119,13 +119,23 @@ impl<'a> PoolKey<'a> {
     }
 }
 
-/// Adds names of the pool's to those found so far; answers whether there are more keys.
-pub(crate) fn scan(ctx: &Context, cursor: &mut Cursor, names: &mut Vec<Vec<u8>>) -> bool {
-    cursor.step(ctx, |name| {
+/// Goes on with a walk over the keyspace: tells what a few of the pool's keys
+/// hold, and answers whether there are more keys.
+pub(crate) fn scan(
+    ctx: &Context,
+    cursor: &mut Cursor,
+    mut tell: impl FnMut(&Observation<'_>),
+) -> bool {
+    let mut names = Vec::new();
+    let more = cursor.step(ctx, |name| {
         if PoolKey::parse(name).is_some() {
             names.push(name.to_vec());
         }
-    })
+    });
+    for key in names.iter().filter_map(|name| PoolKey::parse(name)) {
+        tell(&key.read(ctx));
+    }
+    more
 }
 
 type Hash<const N: usize> = Result<Option<[Option<RedisString>; N]>, WrongType>;

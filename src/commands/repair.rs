@@ -45,10 +45,7 @@ fn at_once(ctx: &Context) -> Result<Repaired, Failure> {
     let rebuilt = node::rebuilt(ctx)?;
     let mut repaired = node::with(|node| {
         let view = node.pool.differences(&rebuilt);
-        node.pool = rebuilt;
-        if let Some(rebuild) = &mut node.rebuild {
-            rebuild.renumbered();
-        }
+        node.renew(rebuilt);
         Repaired {
             view,
             ..Repaired::default()

@@ -53,7 +53,7 @@ use directory::Directory;
 use hashbrown::DefaultHashBuilder;
 use index::TierIndex;
 use key::Key;
-use pages::{Stack, Table};
+use pages::{Pages, Table};
 use slab::Slab;
 use std::collections::BTreeSet;
 
@@ -150,7 +150,7 @@ pub(crate) struct Pool {
     /// Whether leases are being taken away only to see what would follow.
     supposing: bool,
     /// What may need putting right, each item once.
-    backlog: Stack<Item>,
+    backlog: Pages<Item>,
     /// The same for the command under way, which must leave nothing behind.
     touched: Option<Vec<Item>>,
 }
@@ -182,7 +182,7 @@ impl Pool {
             horizon: i64::MIN,
             trusts_folder: [false; 3],
             supposing: false,
-            backlog: Stack::new(),
+            backlog: Pages::new(),
             touched: None,
         }
     }

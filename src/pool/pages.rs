@@ -6,14 +6,15 @@ use std::mem;
 /// Entries of a page.
 const PAGE: usize = 4096;
 
-/// Things of which the latest is taken first.
+/// A list.
 #[derive(Debug)]
-pub(super) struct Stack<T> {
-    /// None is empty, and all but the last are full.
+pub(super) struct Pages<T> {
+    /// All but the last are full, and none but the first is ever empty: what comes
+    /// and goes with each command takes no memory anew.
     pages: Vec<Vec<T>>,
 }
 
-impl<T> Stack<T> {
+impl<T> Pages<T> {
     pub(super) const fn new() -> Self {
         Self { pages: Vec::new() }
     }
@@ -24,7 +25,15 @@ impl<T> Stack<T> {
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.pages.is_empty()
+        self.len() == 0
+    }
+
+    pub(super) fn get(&self, place: usize) -> Option<&T> {
+        self.pages.get(place / PAGE)?.get(place % PAGE)
+    }
+
+    pub(super) fn get_mut(&mut self, place: usize) -> Option<&mut T> {
+        self.pages.get_mut(place / PAGE)?.get_mut(place % PAGE)
     }
 
     pub(super) fn last(&self) -> Option<&T> {
@@ -32,19 +41,27 @@ impl<T> Stack<T> {
     }
 
     pub(super) fn push(&mut self, thing: T) {
-        match self.pages.last_mut() {
-            Some(page) if page.len() < PAGE => page.push(thing),
-            _ => self.pages.push(vec![thing]),
+        if self.pages.last().is_none_or(|page| page.len() == PAGE) {
+            // The first page grows: most pools are small.
+            let size = if self.pages.is_empty() { 0 } else { PAGE };
+            self.pages.push(Vec::with_capacity(size));
+        }
+        if let Some(page) = self.pages.last_mut() {
+            page.push(thing);
         }
     }
 
     pub(super) fn pop(&mut self) -> Option<T> {
         let page = self.pages.last_mut()?;
         let thing = page.pop();
-        if page.is_empty() {
+        if page.is_empty() && self.pages.len() > 1 {
             self.pages.pop();
         }
         thing
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = &T> {
+        self.pages.iter().flatten()
     }
 
     /// Takes all of them out, the earliest first.
@@ -93,27 +110,31 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_stack_gives_back_the_latest_and_keeps_no_page() {
-        let mut stack = Stack::new();
+    fn a_list_gives_back_the_latest_and_keeps_one_page_at_most() {
+        let mut list = Pages::new();
         let count = 2 * PAGE + 1;
         for number in 0..count {
-            stack.push(number);
-            assert_eq!((stack.len(), stack.last()), (number + 1, Some(&number)));
+            list.push(number);
+            assert_eq!((list.len(), list.last()), (number + 1, Some(&number)));
+            assert_eq!(
+                (list.get(number), list.get(number + 1)),
+                (Some(&number), None)
+            );
         }
         for number in (1..count).rev() {
-            assert_eq!(stack.pop(), Some(number));
-            assert_eq!(stack.len(), number);
+            assert_eq!(list.pop(), Some(number));
+            assert_eq!(list.len(), number);
         }
-        assert_eq!(stack.pages.len(), 1);
+        assert_eq!(list.pages.len(), 1);
         assert_eq!(
-            (stack.pop(), stack.pop(), stack.is_empty()),
+            (list.pop(), list.pop(), list.is_empty()),
             (Some(0), None, true)
         );
         for number in 0..count {
-            stack.push(number);
+            list.push(number);
         }
-        assert!(stack.take().eq(0..count));
-        assert_eq!((stack.len(), stack.last()), (0, None));
+        assert!(list.take().eq(0..count));
+        assert_eq!((list.len(), list.last()), (0, None));
     }
 
     #[test]

@@ -1,30 +1,25 @@
-//! Things by number; the number of one that is gone is given out again. Memory
-//! comes a page at a time: nothing is moved for growth, which with a million
-//! things would stall the server, and none is kept in advance.
+//! Things by number; the number of one that is gone is given out again.
 
-/// Things of a page.
-const PAGE: usize = 4096;
+use super::pages::Pages;
 
 #[derive(Debug)]
 pub(super) struct Slab<T> {
-    /// All but the last are full.
-    pages: Vec<Vec<Option<T>>>,
+    things: Pages<Option<T>>,
     /// Numbers to be given out again.
-    vacant: Vec<usize>,
+    vacant: Pages<usize>,
 }
 
 impl<T> Slab<T> {
     pub(super) const fn new() -> Self {
         Self {
-            pages: Vec::new(),
-            vacant: Vec::new(),
+            things: Pages::new(),
+            vacant: Pages::new(),
         }
     }
 
     /// After every number in use.
     pub(super) fn end(&self) -> usize {
-        let last = self.pages.last().map_or(0, Vec::len);
-        self.pages.len().saturating_sub(1) * PAGE + last
+        self.things.len()
     }
 
     pub(super) fn len(&self) -> usize {
@@ -32,12 +27,11 @@ impl<T> Slab<T> {
     }
 
     pub(super) fn get(&self, number: usize) -> Option<&T> {
-        self.pages.get(number / PAGE)?.get(number % PAGE)?.as_ref()
+        self.things.get(number)?.as_ref()
     }
 
     pub(super) fn get_mut(&mut self, number: usize) -> Option<&mut T> {
-        let page = self.pages.get_mut(number / PAGE)?;
-        page.get_mut(number % PAGE)?.as_mut()
+        self.things.get_mut(number)?.as_mut()
     }
 
     /// The number that [`Slab::insert`] gives out next.
@@ -46,32 +40,24 @@ impl<T> Slab<T> {
     }
 
     pub(super) fn insert(&mut self, thing: T) {
-        if let Some(number) = self.vacant.pop() {
-            let page = self.pages.get_mut(number / PAGE);
-            if let Some(entry) = page.and_then(|page| page.get_mut(number % PAGE)) {
-                *entry = Some(thing);
+        match self.vacant.pop() {
+            None => self.things.push(Some(thing)),
+            Some(number) => {
+                if let Some(entry) = self.things.get_mut(number) {
+                    *entry = Some(thing);
+                }
             }
-            return;
-        }
-        if self.pages.last().is_none_or(|page| page.len() == PAGE) {
-            // The first page grows: most pools are small.
-            let size = if self.pages.is_empty() { 0 } else { PAGE };
-            self.pages.push(Vec::with_capacity(size));
-        }
-        if let Some(page) = self.pages.last_mut() {
-            page.push(Some(thing));
         }
     }
 
     pub(super) fn remove(&mut self, number: usize) -> Option<T> {
-        let page = self.pages.get_mut(number / PAGE)?;
-        let thing = page.get_mut(number % PAGE)?.take()?;
+        let thing = self.things.get_mut(number)?.take()?;
         self.vacant.push(number);
         Some(thing)
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (usize, &T)> {
-        let entries = self.pages.iter().flatten().enumerate();
+        let entries = self.things.iter().enumerate();
         entries.filter_map(|(number, entry)| Some((number, entry.as_ref()?)))
     }
 }
@@ -79,6 +65,9 @@ impl<T> Slab<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// More than any page holds.
+    const PAGE: usize = 5000;
 
     #[test]
     fn numbers_are_kept_and_given_out_again() {
