@@ -53,60 +53,87 @@ pub fn reply_length(bytes: &[u8]) -> Result<Option<usize>, Malformed> {
         if at > LONGEST || left > LONGEST {
             return Err(Malformed);
         }
-        let rest = bytes.get(at..).unwrap_or_default();
-        // Most lines are shorter than it takes to begin a search.
-        let near = rest.iter().take(16).position(|byte| *byte == b'\n');
-        let Some(end) = near.or_else(|| memchr::memchr(b'\n', rest)) else {
-            // No line of the protocol's own is longer than an error's text.
-            return if rest.len() > 64 << 10 {
-                Err(Malformed)
-            } else {
-                Ok(None)
-            };
+        let Some((kind, rest)) = bytes.get(at..).and_then(<[u8]>::split_first) else {
+            return Ok(None);
         };
-        let line = rest.get(..end).and_then(|line| line.strip_suffix(b"\r"));
-        let (kind, text) = line.and_then(<[u8]>::split_first).ok_or(Malformed)?;
-        at += end + 1;
+        let line = match kind {
+            b'$' | b'=' | b'!' | b'*' | b'~' | b'>' | b'%' => count(rest)?,
+            b'+' | b'-' | b':' | b'_' | b'#' | b',' | b'(' => text(rest)?,
+            _ => return Err(Malformed),
+        };
+        let Some(Line { length, count }) = line else {
+            return Ok(None);
+        };
+        at += 1 + length;
         left -= 1;
         match kind {
-            b'+' | b'-' | b':' | b'_' | b'#' | b',' | b'(' => {}
-            b'$' | b'=' | b'!' => {
-                if let Some(length) = count(text)? {
-                    at += length + 2;
-                }
-            }
-            b'*' | b'~' | b'>' => left += count(text)?.unwrap_or(0),
-            b'%' => left += count(text)?.unwrap_or(0) * 2,
-            _ => return Err(Malformed),
-        }
-        if at > bytes.len() {
-            return if at > LONGEST {
-                Err(Malformed)
-            } else {
-                Ok(None)
-            };
+            b'$' | b'=' | b'!' => at += count.map_or(0, |bytes| bytes + 2),
+            b'%' => left += count.unwrap_or(0) * 2,
+            _ => left += count.unwrap_or(0),
         }
     }
-    Ok(Some(at))
+    if at > LONGEST {
+        return Err(Malformed);
+    }
+    Ok((at <= bytes.len()).then_some(at))
 }
 
-/// A length; nothing for -1, which stands for null.
-fn count(text: &[u8]) -> Result<Option<usize>, Malformed> {
-    if text == b"-1" {
+/// What follows a value's kind: a line.
+struct Line {
+    /// Its end included, in bytes.
+    length: usize,
+    /// How much belongs to the value besides; nothing for null.
+    count: Option<usize>,
+}
+
+/// A line that is a length, or -1, which stands for null; nothing while it is
+/// not all there.
+fn count(bytes: &[u8]) -> Result<Option<Line>, Malformed> {
+    if bytes == b"-" {
         return Ok(None);
     }
+    let is_null = bytes.starts_with(b"-1");
+    let start = if is_null { 2 } else { 0 };
     let mut number = 0_usize;
-    for byte in text {
-        if !byte.is_ascii_digit() || number > LONGEST {
+    for (place, byte) in bytes.iter().enumerate().skip(start) {
+        let digit = byte.wrapping_sub(b'0');
+        if digit <= 9 && !is_null && number <= LONGEST {
+            number = number * 10 + usize::from(digit);
+            continue;
+        }
+        if *byte != b'\r' || place == 0 || number > LONGEST {
             return Err(Malformed);
         }
-        number = number * 10 + usize::from(byte - b'0');
+        return match bytes.get(place + 1) {
+            None => Ok(None),
+            Some(b'\n') => Ok(Some(Line {
+                length: place + 2,
+                count: (!is_null).then_some(number),
+            })),
+            Some(_) => Err(Malformed),
+        };
     }
-    if text.is_empty() || number > LONGEST {
-        Err(Malformed)
-    } else {
-        Ok(Some(number))
+    Ok(None)
+}
+
+/// Any other line.
+fn text(bytes: &[u8]) -> Result<Option<Line>, Malformed> {
+    let Some(end) = memchr::memchr(b'\n', bytes) else {
+        // No line of the protocol's own is longer than an error's text.
+        return if bytes.len() > 64 << 10 {
+            Err(Malformed)
+        } else {
+            Ok(None)
+        };
+    };
+    let line = bytes.get(..end).unwrap_or_default();
+    if !line.ends_with(b"\r") {
+        return Err(Malformed);
     }
+    Ok(Some(Line {
+        length: end + 1,
+        count: None,
+    }))
 }
 
 #[cfg(test)]
