@@ -23,7 +23,7 @@
 //! - `MPOOL_BENCH_PACE`: ms between two events of a stream (0: one after the other)
 //! - `MPOOL_BENCH_ONLY`: some of straight, nginx, HAProxy, forwarder, LiteLLM, …
 //!   with `,` between them
-//! - `MPOOL_BENCH_FORWARDER`: more binaries to measure, with `:` between them
+//! - `MPOOL_BENCH_FORWARDER`: more binaries to measure, such as `optimized=PATH`, with `:` between them
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -240,15 +240,16 @@ fn start(
     if is_wanted(LITELLM) {
         proxies.extend(Proxy::litellm(threads, upstream, key).map(|proxy| (proxy, false)));
     }
-    let own = Path::new(env!("CARGO_BIN_EXE_mpool-forwarder"));
+    let own = ("forwarder", env!("CARGO_BIN_EXE_mpool-forwarder"));
     let more: String = setting("FORWARDER", String::new());
-    let more = more.split(':').filter(|path| !path.is_empty());
-    let binaries = std::iter::once(own).chain(more.map(Path::new));
-    for binary in binaries {
-        let name = binary.file_name().unwrap().to_str().unwrap();
-        let name = name.trim_start_matches("mpool-");
-        // The first asks Redis for each request, the second remembers leases.
+    let more = more.split(':').filter(|word| !word.is_empty()).map(|word| {
+        let named = word.split_once('=');
+        named.expect("MPOOL_BENCH_FORWARDER is wrong: NAME=PATH:NAME=PATH")
+    });
+    for (name, binary) in std::iter::once(own).chain(more) {
+        let binary = Path::new(binary);
         let cached = format!("{name}+cache");
+        // The first asks Redis for each request, the second remembers leases.
         for (name, more) in [
             (name, &[][..]),
             (cached.as_str(), &["--lease-cache", "60s"][..]),
@@ -441,7 +442,7 @@ impl Bench {
 
     fn print_table(&self, page: &mut Page, kind: Kind, connections: u32) {
         page.table("");
-        let mut line = format!("{:<16}", format!("{connections} connections"));
+        let mut line = format!("{:<18}", format!("{connections} connections"));
         for title in COLUMNS {
             line += &format!("{title:>22}");
         }
@@ -452,7 +453,7 @@ impl Bench {
         page.table(line);
         let straight = self.target(STRAIGHT);
         for target in &self.targets {
-            let mut line = format!("  {:<14}", target.name);
+            let mut line = format!("  {:<16}", target.name);
             for number in 0..COLUMNS.len() {
                 let mut figures = target.column(number);
                 if ADDED.contains(&number) && target.name != STRAIGHT {
