@@ -1356,10 +1356,15 @@ fn no_http2_request_hides_another() {
         // It may have been refused by now.
         let _ = client.try_send(frame(DATA, END_STREAM, 1, hidden.as_bytes()));
         client.wait_for_close(Duration::from_millis(50));
+        if what.is_empty() {
+            support::wait_for("the request that is as it should be", || {
+                let requests = stage.upstream.requests();
+                requests.first().filter(|request| request.whole).map(|_| ())
+            });
+        }
         drop(client);
         let requests = stage.upstream.requests();
         assert!(requests.len() <= 1, "{what}: {requests:#?}");
-        assert!(!what.is_empty() || requests[0].whole, "{requests:#?}");
         for request in requests {
             let raw = proxy::latin1(&request.head.raw);
             assert!(

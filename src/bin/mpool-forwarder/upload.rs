@@ -291,6 +291,11 @@ impl Upload {
         self.lock().is_none_or(|source| source.kept.is_some())
     }
 
+    /// Whether the client's part is over, and all of it is on its way up.
+    pub fn is_sent(&self) -> bool {
+        self.lock().is_none_or(|source| source.finished)
+    }
+
     /// Lets no byte go up until [`Self::let_go`], or a second has passed.
     pub fn withhold(&self) {
         if let Some(mut source) = self.lock() {

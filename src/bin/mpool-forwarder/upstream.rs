@@ -4,6 +4,10 @@
 //! The connections are hyper's. They are handed out here and not by
 //! hyper-util's client, because that is a third of a request's cost, and because
 //! a request's form depends on the protocol of the connection that it gets.
+//!
+//! Over HTTP/1 whoever has a connection for its request also makes it go on: no
+//! task has to be woken for what another one waits for, and what has come at once
+//! is passed on at once.
 
 use crate::base::Base;
 use crate::config::{Limits, Timeouts};
@@ -24,7 +28,7 @@ use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
@@ -33,6 +37,10 @@ use tower_service::Service;
 /// How long an unused connection is kept, shorter than servers usually do:
 /// a request on one that the server is just closing would be lost.
 const IDLE: Duration = Duration::from_secs(30);
+/// How often unused connections are looked at: the upstream may have closed them.
+const LOOK: Duration = Duration::from_secs(1);
+/// One that has been unused for no longer is not looked at before its use.
+const MOMENT: Duration = Duration::from_millis(1);
 /// Unused connections kept by each thread.
 const MAX_IDLE: usize = 1024;
 /// Streams on one HTTP/2 connection, unless the server allows fewer; then
@@ -109,8 +117,43 @@ struct Shared {
 }
 
 struct Idle {
-    sender: http1::SendRequest<UploadBody>,
+    http1: Http1,
     since: Instant,
+}
+
+/// A connection over HTTP/1.
+pub struct Http1 {
+    sender: http1::SendRequest<UploadBody>,
+    /// What goes on when it is polled; nothing once it has ended, or where a task
+    /// of its own polls it.
+    connection: Option<BoxFuture<'static, ()>>,
+}
+
+impl Http1 {
+    fn drive(&mut self, cx: &mut Context<'_>) {
+        drive(&mut self.connection, cx);
+    }
+
+    /// Whether it can take a request, as far as has come to be known.
+    fn is_free(&mut self) -> bool {
+        self.drive(&mut Context::from_waker(Waker::noop()));
+        self.sender.is_ready()
+    }
+
+    /// It is to go on by itself.
+    fn detach(&mut self) {
+        if let Some(connection) = self.connection.take() {
+            tokio::spawn(connection);
+        }
+    }
+}
+
+fn drive(connection: &mut Option<BoxFuture<'static, ()>>, cx: &mut Context<'_>) {
+    if let Some(going) = connection
+        && going.as_mut().poll(cx).is_ready()
+    {
+        *connection = None;
+    }
 }
 
 struct Multiplexed {
@@ -123,7 +166,7 @@ struct Multiplexed {
 
 /// A connection for one request.
 pub enum Channel {
-    Http1(http1::SendRequest<UploadBody>),
+    Http1(Http1),
     Http2(
         http2::SendRequest<UploadBody>,
         #[expect(dead_code, reason = "it is there to be counted")] Arc<()>,
@@ -227,15 +270,26 @@ impl Upstream {
         request: Request<UploadBody>,
         upload: &Upload,
     ) -> Result<Response<Download>, SendError> {
-        let sending = match &mut channel {
-            Channel::Http1(sender) => Either::Left(sender.try_send_request(request)),
-            Channel::Http2(sender, _) => Either::Right(sender.try_send_request(request)),
+        let (sending, connection) = match &mut channel {
+            Channel::Http1(Http1 { sender, connection }) => {
+                let sending = sender.try_send_request(request);
+                (Either::Left(sending), connection)
+            }
+            Channel::Http2(sender, _) => {
+                (Either::Right(sender.try_send_request(request)), &mut None)
+            }
         };
-        let outcome = self.0.wait(pin!(sending), upload).await?;
+        let outcome = self.0.wait(pin!(sending), connection, upload).await?;
         let response = outcome.map_err(|mut error| match error.take_message() {
             Some(_) => SendError::Unsent,
             None => classify(error.error(), upload),
         })?;
+        if let Channel::Http1(http1) = &mut channel
+            && !upload.is_sent()
+        {
+            // The client may read nothing of the answer before all of its body is taken.
+            http1.detach();
+        }
         Ok(response.map(|body| Download::new(body, channel, &self.0)))
     }
 }
@@ -250,9 +304,10 @@ impl<T: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static> Transport f
 impl Shared {
     fn free(&self) -> Option<Channel> {
         let mut idle = lock(&self.idle);
-        while let Some(last) = idle.pop() {
-            if last.sender.is_ready() && last.since.elapsed() < IDLE {
-                return Some(Channel::Http1(last.sender));
+        while let Some(Idle { mut http1, since }) = idle.pop() {
+            let unused = since.elapsed();
+            if unused < MOMENT || unused < IDLE && http1.is_free() {
+                return Some(Channel::Http1(http1));
             }
         }
         drop(idle);
@@ -290,8 +345,10 @@ impl Shared {
     async fn begin_http1<S: Transport>(&self, stream: S) -> Result<Channel, SendError> {
         let made = self.http1.handshake(stream).await;
         let (sender, connection) = made.map_err(|_| SendError::Connect)?;
-        tokio::spawn(connection);
-        Ok(Channel::Http1(sender))
+        Ok(Channel::Http1(Http1 {
+            sender,
+            connection: Some(connection.map(drop).boxed()),
+        }))
     }
 
     async fn begin_http2(&self, stream: Stream) -> Result<Channel, SendError> {
@@ -316,11 +373,13 @@ impl Shared {
     async fn wait<T>(
         &self,
         mut sending: Pin<&mut impl Future<Output = T>>,
+        connection: &mut Option<BoxFuture<'static, ()>>,
         upload: &Upload,
     ) -> Result<T, SendError> {
         let mut deadline = Instant::now() + self.response_timeout;
         let mut patience = Patience::shared();
         poll_fn(|cx| {
+            drive(connection, cx);
             if let Poll::Ready(outcome) = sending.as_mut().poll(cx) {
                 return Poll::Ready(Ok(outcome));
             }
@@ -339,25 +398,25 @@ impl Shared {
         .await
     }
 
-    fn keep(&self, sender: http1::SendRequest<UploadBody>) {
+    fn keep(&self, http1: Http1) {
         let mut idle = lock(&self.idle);
         if idle.len() < MAX_IDLE {
             idle.push(Idle {
-                sender,
+                http1,
                 since: Instant::now(),
             });
         }
     }
 }
 
-/// Closes connections that have not been used for long.
+/// Closes connections that have not been used for long, or that the upstream has closed.
 async fn close_idle(shared: Weak<Shared>) {
     loop {
-        tokio::time::sleep(IDLE / 2).await;
+        tokio::time::sleep(LOOK).await;
         let Some(shared) = shared.upgrade() else {
             return;
         };
-        lock(&shared.idle).retain(|idle| !idle.sender.is_closed() && idle.since.elapsed() < IDLE);
+        lock(&shared.idle).retain_mut(|idle| idle.since.elapsed() < IDLE && idle.http1.is_free());
     }
 }
 
@@ -390,6 +449,8 @@ pub struct Download {
     body: Incoming,
     /// What it came by, and where that goes then.
     channel: Option<(Channel, Weak<Shared>)>,
+    /// Why it has broken off, to be told the next time.
+    broken: Option<hyper::Error>,
 }
 
 impl Download {
@@ -397,6 +458,7 @@ impl Download {
         let mut download = Self {
             body,
             channel: Some((channel, Arc::downgrade(shared))),
+            broken: None,
         };
         if download.body.is_end_stream() {
             download.release();
@@ -405,19 +467,20 @@ impl Download {
     }
 
     fn release(&mut self) {
-        let Some((Channel::Http1(mut sender), shared)) = self.channel.take() else {
+        let Some((Channel::Http1(mut http1), shared)) = self.channel.take() else {
             return;
         };
-        if sender.is_ready() {
+        if http1.is_free() {
             if let Some(shared) = shared.upgrade() {
-                shared.keep(sender);
+                shared.keep(http1);
             }
-        } else if !sender.is_closed() {
-            // The request is still on its way, or the connection's task has not run yet.
+        } else if !http1.sender.is_closed() {
+            // The request is still on its way.
+            http1.detach();
             tokio::spawn(async move {
-                let ready = tokio::time::timeout(IDLE, sender.ready()).await;
+                let ready = tokio::time::timeout(IDLE, http1.sender.ready()).await;
                 if let (Ok(Ok(())), Some(shared)) = (ready, shared.upgrade()) {
-                    shared.keep(sender);
+                    shared.keep(http1);
                 }
             });
         }
@@ -433,7 +496,22 @@ impl Body for Download {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
         let this = self.get_mut();
-        let polled = Pin::new(&mut this.body).poll_frame(cx);
+        if let Some(error) = this.broken.take() {
+            return Poll::Ready(Some(Err(error)));
+        }
+        let mut polled = Pin::new(&mut this.body).poll_frame(cx);
+        if polled.is_pending()
+            && let Some((Channel::Http1(http1), _)) = &mut this.channel
+        {
+            http1.drive(cx);
+            polled = Pin::new(&mut this.body).poll_frame(cx);
+        }
+        if let Poll::Ready(Some(Err(error))) = polled {
+            // What came before it, perhaps in the same moment, is to be on its way first.
+            this.broken = Some(error);
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         let over = match &polled {
             Poll::Ready(None) => true,
             Poll::Ready(Some(Ok(frame))) => frame.is_trailers() || this.body.is_end_stream(),
