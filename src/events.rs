@@ -21,7 +21,7 @@ pub(crate) fn key_changed(ctx: &Context, _kind: NotifyEvent, _event: &str, name:
         return;
     }
     ffi::guarded("a notification", || {
-        let observation = store::own_write(key).unwrap_or_else(|| key.read(ctx));
+        let observation = store::own_write(key).unwrap_or_else(|| key.read(ctx, name));
         let off = node::with(|node| {
             node.tell(|pool| observation.enter(pool));
             node.is_primary && node.pool.has_stray_backlog()

@@ -15,6 +15,7 @@ use std::cell::Cell;
 use std::ffi::{CStr, CString, c_char, c_int, c_long, c_longlong, c_void};
 use std::io::{Read, Write};
 use std::marker::PhantomData;
+use std::mem::ManuallyDrop;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -531,12 +532,55 @@ impl Drop for OpenKey {
     }
 }
 
+/// Names of a hash's fields, as strings of the server's. They are made once: to
+/// make one anew for each look costs more than the look.
+pub(crate) struct Fields<const N: usize> {
+    names: [&'static str; N],
+    made: [AtomicPtr<raw::RedisModuleString>; N],
+}
+
+impl<const N: usize> Fields<N> {
+    pub(crate) const fn new(names: [&'static str; N]) -> Self {
+        Self {
+            names,
+            made: [const { AtomicPtr::new(ptr::null_mut()) }; N],
+        }
+    }
+
+    /// The name at that place; null beyond the last.
+    fn get(&self, place: usize) -> *mut raw::RedisModuleString {
+        let (Some(name), Some(made)) = (self.names.get(place), self.made.get(place)) else {
+            return ptr::null_mut();
+        };
+        let kept = made.load(Ordering::Acquire);
+        if !kept.is_null() {
+            return kept;
+        }
+        let new = RedisString::create_from_slice(ptr::null_mut(), name.as_bytes());
+        // Its place keeps it: it is not freed with this function's end.
+        let new = ManuallyDrop::new(new).inner;
+        made.store(new, Ordering::Release);
+        new
+    }
+
+    /// Frees the strings. They are made again when they are asked for.
+    pub(crate) fn free(&self) {
+        for made in &self.made {
+            let kept = made.swap(ptr::null_mut(), Ordering::AcqRel);
+            if !kept.is_null() {
+                drop(RedisString::from_redis_module_string(ptr::null_mut(), kept));
+            }
+        }
+    }
+}
+
 /// Fields of the hash at a key; none where the key isn't there.
 pub(crate) fn read_hash<const N: usize>(
     ctx: &Context,
     name: &[u8],
-    fields: [&'static CStr; N],
+    fields: &Fields<N>,
 ) -> Result<Option<[Option<RedisString>; N]>, WrongType> {
+    const { assert!(N <= 5, "the call below asks for five fields at most") };
     let Some(key) = OpenKey::open(ctx, name) else {
         return Ok(None);
     };
@@ -545,24 +589,34 @@ pub(crate) fn read_hash<const N: usize>(
         kind if kind == raw::REDISMODULE_KEYTYPE_HASH as c_int => {}
         _ => return Err(WrongType),
     }
-    let values = fields.map(|field| {
-        let mut value: *mut raw::RedisModuleString = ptr::null_mut();
-        let flags = raw::REDISMODULE_HASH_CFIELDS as c_int;
-        // SAFETY: an open key that holds a hash; the list of fields and places
-        // ends with a null; the string written, if any, is ours to free.
-        unsafe {
-            let get = raw::RedisModule_HashGet?;
+    let mut values = [ptr::null_mut::<raw::RedisModuleString>(); 5];
+    let [first, second, third, fourth, fifth] = values.each_mut().map(|value| &raw mut *value);
+    // SAFETY: an open key that holds a hash; the list of names and places ends
+    // with a null, which for fewer fields is the first name that isn't there; the
+    // strings written, if any, are ours to free.
+    unsafe {
+        if let Some(get) = raw::RedisModule_HashGet {
             get(
                 key.0.as_ptr(),
-                flags,
-                field.as_ptr(),
-                &raw mut value,
-                ptr::null::<c_char>(),
+                raw::REDISMODULE_HASH_NONE as c_int,
+                fields.get(0),
+                first,
+                fields.get(1),
+                second,
+                fields.get(2),
+                third,
+                fields.get(3),
+                fourth,
+                fields.get(4),
+                fifth,
+                ptr::null_mut::<raw::RedisModuleString>(),
             );
         }
+    }
+    let mut values = values.into_iter().map(|value| {
         (!value.is_null()).then(|| RedisString::from_redis_module_string(ptr::null_mut(), value))
     });
-    Ok(Some(values))
+    Ok(Some([(); N].map(|()| values.next().flatten())))
 }
 
 /// A walk over the keys of the pool's database, on the main thread. The crate's

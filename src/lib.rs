@@ -151,6 +151,7 @@ fn unload(ctx: &Context) -> Status {
         }
         node::install(None);
         node::forget_arrivals();
+        store::forget();
         farewell::close_connections(ctx);
         ffi::close_bell();
         ffi::close_detached();

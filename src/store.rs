@@ -2,7 +2,7 @@
 //! nothing.
 
 use crate::errors::Failure;
-use crate::ffi::{self, Cursor, WrongType};
+use crate::ffi::{self, Cursor, Fields, WrongType};
 use crate::pool::{
     Effect, Flaw, KeyFields, KeyRecord, Pool, Rotation, RotationFields, Stored, Tier, names,
 };
@@ -14,6 +14,25 @@ const KEY_ROTATION: &str = "key_rotation:";
 const SLOTS: &str = "_pool:slots:";
 const COOLDOWN: &str = "_pool:cooldown:";
 const REASON: &str = "_pool:cooldown_reason:";
+
+/// What the rules need of a client key's record.
+static RECORD: Fields<5> =
+    Fields::new(["tier", "use_pool", "account_name", "expires_at", "active"]);
+/// The rest of it.
+static LABEL: Fields<2> = Fields::new(["created_at", "name"]);
+static LEASE: Fields<4> = Fields::new([
+    "account",
+    "next_rotation",
+    "last_rotation",
+    "previous_account",
+]);
+
+/// Lets go of what was kept of the server's.
+pub(crate) fn forget() {
+    RECORD.free();
+    LABEL.free();
+    LEASE.free();
+}
 
 /// A key of the pool, by its parts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,32 +87,15 @@ impl<'a> PoolKey<'a> {
         }
     }
 
-    /// Reads the key, and answers what brings it into a view. The two are apart
-    /// because reading may make Redis expire keys, which comes back in here.
-    pub(crate) fn read(self, ctx: &Context) -> Observation<'a> {
-        let name = self.name();
+    /// Reads the key, which has that name, and answers what brings it into a
+    /// view. The two are apart because reading may make Redis expire keys, which
+    /// comes back in here.
+    pub(crate) fn read(self, ctx: &Context, name: &[u8]) -> Observation<'a> {
         match self {
-            Self::ClientKey(key) => {
-                let fields = [
-                    c"tier",
-                    c"use_pool",
-                    c"account_name",
-                    c"expires_at",
-                    c"active",
-                ];
-                Observation::ClientKey(key, ffi::read_hash(ctx, name.as_bytes(), fields))
-            }
-            Self::Rotation(key) => {
-                let fields = [
-                    c"account",
-                    c"next_rotation",
-                    c"last_rotation",
-                    c"previous_account",
-                ];
-                Observation::Rotation(key, ffi::read_hash(ctx, name.as_bytes(), fields))
-            }
+            Self::ClientKey(key) => Observation::ClientKey(key, ffi::read_hash(ctx, name, &RECORD)),
+            Self::Rotation(key) => Observation::Rotation(key, ffi::read_hash(ctx, name, &LEASE)),
             Self::Slots(tier, account) => {
-                let stored = match read_string(ctx, &name) {
+                let stored = match read_string(ctx, name) {
                     Ok(None) => Stored::Absent,
                     Ok(Some(text)) => decimal(&text)
                         // Redis would not take 01 or +1 for a number.
@@ -104,14 +106,14 @@ impl<'a> PoolKey<'a> {
                 Observation::Slots(tier, account, stored)
             }
             Self::Cooldown(tier, account) => {
-                let text = read_string(ctx, &name).ok().flatten();
+                let text = read_string(ctx, name).ok().flatten();
                 let until = text
                     .and_then(|text| decimal(&text))
                     .and_then(|until| i64::try_from(until).ok());
                 Observation::Cooldown(tier, account, until.unwrap_or(0))
             }
             Self::Reason(tier, account) => {
-                let text = read_string(ctx, &name).ok().flatten();
+                let text = read_string(ctx, name).ok().flatten();
                 let reason = text.and_then(|text| names::text(&text).map(str::to_owned));
                 Observation::Reason(tier, account, reason)
             }
@@ -132,8 +134,10 @@ pub(crate) fn scan(
             names.push(name.to_vec());
         }
     });
-    for key in names.iter().filter_map(|name| PoolKey::parse(name)) {
-        tell(&key.read(ctx));
+    for name in &names {
+        if let Some(key) = PoolKey::parse(name) {
+            tell(&key.read(ctx, name));
+        }
     }
     more
 }
@@ -283,7 +287,7 @@ pub(crate) fn register(ctx: &Context, new: &Registration<'_>) -> Result<(), Fail
 /// `created_at` and `name`, as stored.
 pub(crate) fn read_label(ctx: &Context, key: &str) -> [Option<Vec<u8>>; 2] {
     let name = PoolKey::ClientKey(key).name();
-    let fields = ffi::read_hash(ctx, name.as_bytes(), [c"created_at", c"name"]);
+    let fields = ffi::read_hash(ctx, name.as_bytes(), &LABEL);
     let fields = fields.ok().flatten().unwrap_or_default();
     fields.map(|field| field.map(|text| text.as_slice().to_vec()))
 }
@@ -453,7 +457,7 @@ fn refused(command: &str, error: &str) -> Failure {
 
 /// The string at a key. Read through the command: the direct way would rewrite
 /// the value in place when it is stored as a number.
-fn read_string(ctx: &Context, name: &str) -> Result<Option<Vec<u8>>, WrongType> {
+fn read_string(ctx: &Context, name: &[u8]) -> Result<Option<Vec<u8>>, WrongType> {
     let options = CallOptionsBuilder::new().errors_as_replies().build();
     let result: CallResult<'_> = ctx.call_ext("GET", &options, &[name]);
     match result {

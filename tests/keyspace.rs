@@ -10,6 +10,7 @@
 
 mod support;
 
+use redis::Value;
 use support::*;
 
 /// The instant of the first leases.
@@ -488,7 +489,7 @@ fn reloading_and_restoring() {
     let dump: Vec<u8> = scene.client.run(&["DUMP", &slots]);
     scene
         .client
-        .try_bytes::<redis::Value>(&[b"RESTORE", b"medium_pool:slots:nowhere", b"0", &dump])
+        .try_bytes::<Value>(&[b"RESTORE", b"medium_pool:slots:nowhere", b"0", &dump])
         .unwrap();
     scene.check(
         "{k}",
@@ -497,6 +498,134 @@ fn reloading_and_restoring() {
         "a counter restored under another name",
     );
     assert_eq!(scene.client.slots("nowhere"), None);
+}
+
+/// A server keeps short hashes in one piece of memory, numbers in binary, and
+/// others as tables.
+#[test]
+fn hashes_are_read_alike_however_the_server_keeps_them() {
+    let server = Options::default()
+        .accounts(&["12", "0012"])
+        .file("high/-7", &bearer("-7"))
+        .start();
+    let mut client = server.connect();
+    let more: Vec<String> = (0..60).map(|number| format!("more-{number}")).collect();
+    let more: Vec<&str> = more.iter().flat_map(|name| [name.as_str(), "1"]).collect();
+    let (last, next) = (NOW.to_string(), (NOW + DAY).to_string());
+    for (encoding, limit, more) in [
+        ("listpack", "512", &[][..]),
+        ("listpack", "512", &more),
+        ("hashtable", "1", &[]),
+        ("hashtable", "1", &more),
+    ] {
+        let what = format!("{encoding}, {} more", more.len());
+        client.ok(&["CONFIG", "SET", "hash-max-listpack-entries", limit]);
+        let mut write = |name: &str, fields: &[&str]| {
+            client.ok(&[&["HSET", name][..], more, fields].concat());
+            let kept: String = client.run(&["OBJECT", "ENCODING", name]);
+            assert_eq!(kept, encoding, "{what}");
+        };
+        let times = ["created_at", "7", "expires_at", "1999999999999"];
+        let words = ["tier", "medium", "use_pool", "1", "active", "1"];
+        write("client_keys:pooled", &[&words[..], &times].concat());
+        let words = ["account", "12", "previous_account", "0012"];
+        let times = ["last_rotation", &last, "next_rotation", &next];
+        write("key_rotation:pooled", &[&words[..], &times].concat());
+        let words = ["tier", "high", "use_pool", "0", "account_name", "-7"];
+        write("client_keys:bound", &words);
+
+        let status = client.map(&["MPOOL.STATUS", "KEY", "pooled", "NOW", &last]);
+        assert_eq!(
+            status["expires_at"],
+            Value::Int(1_999_999_999_999),
+            "{what}"
+        );
+        assert_eq!(text(&status["created_at"]), "7", "{what}");
+        for reloads in 0..2 {
+            let lease = client.acquire("pooled", NOW + 1);
+            assert_eq!(
+                (&*lease.account, &*lease.state),
+                ("12", "current"),
+                "{what}"
+            );
+            assert_eq!(lease.previous.as_deref(), Some("0012"), "{what}");
+            assert_eq!(
+                (lease.last, lease.next),
+                (Some(NOW), Some(NOW + DAY)),
+                "{what}"
+            );
+            let lease = client.acquire("bound", NOW + 1);
+            assert_eq!((&*lease.account, &*lease.state), ("-7", "bound"), "{what}");
+            client.check_repair();
+            client.check_invariants(2);
+            if reloads == 0 {
+                client.ok(&["DEBUG", "RELOAD"]);
+            }
+        }
+        let too_late = client.try_acquire("pooled", 1_999_999_999_999);
+        assert!(too_late.unwrap_err().starts_with("EXPIRED"), "{what}");
+        client.ok(&["HSET", "client_keys:pooled", "active", "0"]);
+        let revoked = client.try_acquire("pooled", NOW + 1);
+        assert!(revoked.unwrap_err().starts_with("REVOKED"), "{what}");
+        client.ok(&["HDEL", "client_keys:pooled", "active", "use_pool"]);
+        client.ok(&["HSET", "client_keys:pooled", "account_name", "0012"]);
+        let lease = client.acquire("pooled", NOW + 1);
+        assert_eq!(
+            (&*lease.account, &*lease.state),
+            ("0012", "bound"),
+            "{what}"
+        );
+        client.check_repair();
+        client.ok(&["DEL", "client_keys:pooled", "client_keys:bound"]);
+    }
+}
+
+/// As Redis from 7.4 on and Valkey from 9 on have them.
+#[test]
+fn a_field_that_expires_is_a_field_that_goes() {
+    for limit in ["512", "1"] {
+        let mut server = Options::default()
+            .accounts(&["one"])
+            .server(&["--hash-max-listpack-entries", limit])
+            .start();
+        let mut client = server.connect();
+        let expire = |client: &mut Client, name: &str, ms: &str, field: &str| {
+            client.try_run::<Value>(&["HPEXPIRE", name, ms, "FIELDS", "1", field])
+        };
+        if let Err(error) = expire(&mut client, "none", "1", "none") {
+            assert!(error.to_string().contains("unknown command"), "{error}");
+            return;
+        }
+        let key = client.pool_key();
+        let name = format!("client_keys:{key}");
+        client.ok(&["HSET", &name, "active", "false"]);
+        expire(&mut client, &name, "3600000", "created_at").unwrap();
+        expire(&mut client, &name, "3600000", "expires_at").unwrap();
+        for restarts in 0..2 {
+            let refused = client.try_acquire(&key, NOW).unwrap_err();
+            assert!(refused.starts_with("REVOKED"), "{limit}: {refused}");
+            let status = client.map(&["MPOOL.STATUS", "KEY", &key]);
+            assert!(status["expires_at"] != Value::Nil, "{limit}");
+            client.check_repair();
+            if restarts == 0 {
+                client.ok(&["SAVE"]);
+                server.kill();
+                server.launch();
+                client = server.connect();
+            }
+        }
+        expire(&mut client, &name, "50", "active").unwrap();
+        let lease = wait_for("the field to go", || client.try_acquire(&key, NOW).ok());
+        assert_eq!(lease.state, "assigned", "{limit}");
+        client.check_repair();
+        client.ok(&["SAVE"]);
+        server.kill();
+        server.launch();
+        client = server.connect();
+        assert_eq!(client.acquire(&key, NOW).state, "current", "{limit}");
+        client.check_repair();
+        assert!(server.is_alive(), "{limit}");
+    }
 }
 
 #[test]
@@ -672,8 +801,8 @@ fn the_keyspace_may_change_amid_a_transaction_or_script() {
             command.arg(words.collect::<Vec<_>>());
             pipe.add_command(command);
         }
-        let replies: Vec<redis::Value> = pipe.query(&mut scene.client.connection).unwrap();
-        let lease: std::collections::BTreeMap<String, redis::Value> =
+        let replies: Vec<Value> = pipe.query(&mut scene.client.connection).unwrap();
+        let lease: std::collections::BTreeMap<String, Value> =
             redis::from_redis_value_ref(replies.last().unwrap()).unwrap();
         assert_eq!(text(&lease["state"]), *state, "{lines:?}");
         assert_eq!(scene.client.broken_invariant(2), None, "{lines:?}");

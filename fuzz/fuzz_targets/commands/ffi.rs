@@ -205,16 +205,26 @@ pub(crate) fn must_not_write() -> bool {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct WrongType;
 
+pub(crate) struct Fields<const N: usize>([&'static str; N]);
+
+impl<const N: usize> Fields<N> {
+    pub(crate) const fn new(names: [&'static str; N]) -> Self {
+        Self(names)
+    }
+
+    pub(crate) fn free(&self) {}
+}
+
 pub(crate) fn read_hash<const N: usize>(
     _ctx: &Context,
     name: &[u8],
-    fields: [&'static CStr; N],
+    fields: &Fields<N>,
 ) -> Result<Option<[Option<RedisString>; N]>, WrongType> {
     match server::get(name) {
         None => Ok(None),
         Some(Value::Hash(hash)) => {
-            Ok(Some(fields.map(|field| {
-                hash.get(field.to_bytes()).cloned().map(RedisString::new)
+            Ok(Some(fields.0.map(|field| {
+                hash.get(field.as_bytes()).cloned().map(RedisString::new)
             })))
         }
         Some(_) => Err(WrongType),

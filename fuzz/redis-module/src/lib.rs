@@ -213,11 +213,12 @@ impl Context {
         &self,
         command: &str,
         options: &CallOptions,
-        args: &[&str],
+        args: &[impl AsRef<[u8]>],
     ) -> CallResult<'static> {
         let done = CallReply::Other(std::marker::PhantomData);
-        let name = args[0].as_bytes();
-        let rest = || args[1..].iter().map(|arg| arg.as_bytes().to_vec());
+        let args: Vec<&[u8]> = args.iter().map(AsRef::as_ref).collect();
+        let name = args[0];
+        let rest = || args[1..].iter().map(|arg| arg.to_vec());
         match command {
             "GET" => {
                 return match server::get(name) {
@@ -238,8 +239,8 @@ impl Context {
             "DEL" => {
                 WRITES.set(WRITES.get() + 1);
                 for name in args {
-                    if server::get(name.as_bytes()).is_some() {
-                        server::set(name.as_bytes(), None);
+                    if server::get(name).is_some() {
+                        server::set(name, None);
                     }
                 }
             }
