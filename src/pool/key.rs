@@ -233,10 +233,13 @@ fn truth(text: &[u8]) -> Option<bool> {
 
 /// Unix ms in decimal. Negative instants are none.
 pub(crate) fn instant(text: &[u8]) -> Option<i64> {
-    if !text.iter().all(u8::is_ascii_digit) {
+    if text.is_empty() {
         return None;
     }
-    std::str::from_utf8(text).ok()?.parse().ok()
+    text.iter().try_fold(0_i64, |number, byte| {
+        let digit = byte.is_ascii_digit().then(|| i64::from(byte - b'0'))?;
+        number.checked_mul(10)?.checked_add(digit)
+    })
 }
 
 #[cfg(test)]
@@ -289,6 +292,36 @@ mod tests {
         ];
         for fields in bad {
             assert!(matches!(KeyRecord::parse(&fields), KeyRecord::Malformed(_)));
+        }
+    }
+
+    #[test]
+    fn instants() {
+        let good = [
+            ("0", 0),
+            ("007", 7),
+            ("1755266400000", 1_755_266_400_000),
+            ("9223372036854775807", i64::MAX),
+            ("00000000000000000000000001", 1),
+        ];
+        for (text, expected) in good {
+            assert_eq!(instant(text.as_bytes()), Some(expected), "{text}");
+        }
+        let bad = [
+            "",
+            "-1",
+            "+1",
+            " 1",
+            "1 ",
+            "1.5",
+            "1e3",
+            "0x1",
+            "9223372036854775808",
+            "99999999999999999999",
+            "\u{661}",
+        ];
+        for text in bad {
+            assert_eq!(instant(text.as_bytes()), None, "{text}");
         }
     }
 

@@ -67,14 +67,12 @@ impl Pool {
         let mut former = None;
         if let Some(key) = self.keys.get_mut(id.slot()) {
             former = std::mem::replace(&mut key.bound, bound);
-            let held = key.holds.is_some();
-            if held {
-                self.due.remove(&(key.due(), id));
-            }
+            let before = key.due();
             key.standing = standing;
             key.tier = tier;
             key.expires_at = expires_at;
-            if held {
+            if key.holds.is_some() && key.due() != before {
+                self.due.remove(&(before, id));
                 self.due.insert((key.due(), id));
             }
         }
