@@ -22,13 +22,25 @@ fn command_line(terminal: &Terminal) -> String {
 
 #[test]
 fn what_make_run_prints_works_as_typed() {
-    let terminal = Terminal::in_a_copy(free_port(), free_pair());
+    let port = free_port();
+    let terminal = Terminal::in_a_copy(port, free_pair());
     let _started = Started::by(&terminal);
     let printed = terminal.run("make run").ok();
     assert!(
         printed.contains("examples/accounts"),
         "it says that it lends samples: {printed}"
     );
+    // It has the server's settings that README recommends.
+    for (setting, value) in [
+        ("appendonly", "yes"),
+        ("appendfsync", "everysec"),
+        ("maxmemory-policy", "noeviction"),
+        ("loading-process-events-interval-bytes", "32768"),
+    ] {
+        let asked = format!("redis-cli -p {port} CONFIG GET {setting}");
+        let told = terminal.run(&asked).ok();
+        assert_eq!(told, format!("{setting}\n{value}\n"));
+    }
     let key = key_in(&printed);
     let (_, next) = printed.split_once("Type next:\n").unwrap();
     let typed = next.lines().filter_map(|line| line.strip_prefix("  "));

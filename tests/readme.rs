@@ -509,18 +509,18 @@ fn the_lines_for_redis_conf_are_accepted() {
         .server(&args)
         .start();
         let mut client = server.connect();
-        assert_eq!(
-            client.run::<Vec<String>>(&["CONFIG", "GET", "appendfsync"])[1],
-            "everysec"
-        );
-        assert_eq!(
-            client.run::<Vec<String>>(&["CONFIG", "GET", "maxmemory-policy"])[1],
-            "noeviction"
-        );
-        assert_eq!(
-            client.run::<Vec<String>>(&["CONFIG", "GET", "mpool.rotation-ms"])[1],
-            "86400000"
-        );
+        for (setting, value) in [
+            ("appendfsync", "everysec"),
+            ("maxmemory-policy", "noeviction"),
+            ("loading-process-events-interval-bytes", "32768"),
+            ("mpool.rotation-ms", "86400000"),
+        ] {
+            assert_eq!(
+                client.run::<Vec<String>>(&["CONFIG", "GET", setting])[1],
+                value,
+                "{readme}"
+            );
+        }
         assert!(
             !server.log().contains("maxmemory-policy may"),
             "{}",
