@@ -30,6 +30,15 @@ const PROMOTED: usize = 1_000;
 const AFTERMATH: Duration = Duration::from_secs(1);
 /// How long anything may take with so many keys.
 const PATIENCE: Duration = Duration::from_secs(300);
+/// Arguments of the server while it loads, and what they are called: its own
+/// way, and as README recommends, with clients served between smaller portions.
+const LOADS: [(&[&str], &str); 2] = [
+    (&[], "by the server's defaults"),
+    (
+        &["--loading-process-events-interval-bytes", "32768"],
+        "in portions of 32 KiB",
+    ),
+];
 /// A stall of the module's making, in ms.
 const STALL: Bar = Bar::AtMost(2.0);
 const VIEW_BYTES: Bar = Bar::AtMost(200.0);
@@ -125,6 +134,17 @@ impl Stalls {
             .each_ref()
             .map(|stalls| stalls.iter().map(of).collect())
     }
+}
+
+/// What loads of one kind came to: with the module and without.
+#[derive(Default)]
+struct Loads {
+    during: Stalls,
+    after: Stalls,
+    /// In s.
+    times: [Vec<f64>; 2],
+    /// In bytes.
+    memory: [Vec<f64>; 2],
 }
 
 struct Bench {
@@ -321,32 +341,39 @@ impl Bench {
     /// The same data loaded with the module and without, in turn; then what it takes.
     fn loading(&mut self, server: &mut Server) {
         server.connect().ok(&["SAVE"]);
-        let (mut times, mut memory) = ([vec![], vec![]], [vec![], vec![]]);
-        let (mut during, mut after) = (Stalls::default(), Stalls::default());
+        let mut loads = LOADS.map(|_| Loads::default());
         for round in 1..=self.rounds {
             progress(&format!("stalls: load {round} of {}", self.rounds));
-            for place in [0, 1] {
-                server.kill();
-                server.set_bare(place == 1);
-                let probe = Probe::start(server.port);
-                server.launch();
-                during.add(place, probe.stop());
-                after.add(place, stall_of(server.port, || sleep(AFTERMATH)));
-                times[place].push(load_time(&server.log()));
-                memory[place].push(used_memory(server));
+            for ((args, _), loads) in LOADS.iter().zip(&mut loads) {
+                server.set_server_args(args);
+                for place in [0, 1] {
+                    server.kill();
+                    server.set_bare(place == 1);
+                    let probe = Probe::start(server.port);
+                    server.launch();
+                    loads.during.add(place, probe.stop());
+                    let after = stall_of(server.port, || sleep(AFTERMATH));
+                    loads.after.add(place, after);
+                    loads.times[place].push(load_time(&server.log()));
+                    loads.memory[place].push(used_memory(server));
+                }
             }
         }
         let keys = self.keys;
-        self.report(&format!("{keys} leases are being loaded"), &during);
-        self.report(&format!("just after {keys} leases were loaded"), &after);
-        let ratios = pairs(&times[0], &times[1], |own, plain| own / plain);
-        self.page.line(format!(
-            "  loading {keys} leases: {:.2} s, {:.2} s without the module, {}x",
-            median(&times[0]),
-            median(&times[1]),
-            spread(&ratios),
-        ));
-        let views = pairs(&memory[0], &memory[1], |own, plain| own - plain);
+        for ((_, how), loads) in LOADS.iter().zip(&loads) {
+            self.report(&format!("{keys} leases are loaded {how}"), &loads.during);
+            let what = format!("just after {keys} leases were loaded {how}");
+            self.report(&what, &loads.after);
+            let [own, plain] = &loads.times;
+            self.page.line(format!(
+                "  loading {keys} leases {how}: {:.2} s, {:.2} s without the module, {}x",
+                median(own),
+                median(plain),
+                spread(&pairs(own, plain, |own, plain| own / plain)),
+            ));
+        }
+        let [own, plain] = &loads[0].memory;
+        let views = pairs(own, plain, |own, plain| own - plain);
         self.memory(server, median(&views) / keys as f64);
     }
 

@@ -354,6 +354,11 @@ impl Server {
         false
     }
 
+    /// Other arguments of the server, from the next launch on.
+    pub fn set_server_args(&mut self, args: &[&str]) {
+        self.options.server = args.iter().map(ToString::to_string).collect();
+    }
+
     /// Further arguments of the module, from the next launch on.
     pub fn add_module_args(&mut self, args: &[&str]) {
         self.options
