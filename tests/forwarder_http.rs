@@ -721,6 +721,42 @@ fn an_answer_that_comes_before_the_body_is_read_reaches_the_client() {
 }
 
 #[test]
+fn a_client_that_reads_only_when_it_has_sent_all_gets_a_long_answer() {
+    const LONG: usize = 64 << 20;
+    let stage = Stage::new(Upstream::manual());
+    let mut client = stage.client();
+    client.send(format!(
+        "POST / HTTP/1.1\r\nHost: front\r\nx-api-key: {}\r\nContent-Length: {LONG}\r\n\r\n",
+        stage.key
+    ));
+    let mut exchange = stage.upstream.next();
+    // The upstream answers from the first byte on, and takes the body besides.
+    let mut answering = Client::over(exchange.wire().stream.try_clone().unwrap());
+    let answering = std::thread::spawn(move || {
+        answering.send(format!("HTTP/1.1 200 OK\r\nContent-Length: {LONG}\r\n\r\n"));
+        answering.send(vec![b'y'; LONG]);
+    });
+    let taking = std::thread::spawn(move || {
+        let mut taken = 0;
+        while let Some(piece) = exchange.piece() {
+            taken += piece.len();
+        }
+        (taken, exchange)
+    });
+    client.head();
+    client.send(vec![b'x'; LONG]);
+    // The exchange is over when it is dropped.
+    let (taken, _exchange) = taking.join().unwrap();
+    assert_eq!(taken, LONG);
+    let mut come = 0;
+    while let Some(piece) = client.piece() {
+        come += piece.len();
+    }
+    assert_eq!(come, LONG);
+    answering.join().unwrap();
+}
+
+#[test]
 fn http2_upstreams_take_and_give_chunks_as_they_come() {
     let stage = Stage::new(Upstream::http2());
     for client_speaks_http2 in [false, true] {
