@@ -13,6 +13,7 @@ mod common;
 use common::page::{Bar, Page};
 use common::support::{DAY, Options, Server};
 use common::{Link, extreme, median, mix, pack, progress, range, registration, setting, spread};
+use redis::Value;
 use std::path::Path;
 
 const KEYS: usize = 1_000;
@@ -232,13 +233,31 @@ impl Bench {
             side.register(&keys);
         }
         sides[0].server.connect().ok(&["MPOOL.REPAIR"]);
-        Self {
+        let mut bench = Self {
             keys,
             accounts,
             sides,
             now: 1_755_266_400_000,
             turn: 0,
-        }
+        };
+        // From the first rotation on each lease has a previous account.
+        bench.lend_all();
+        bench.now += DAY + 3;
+        bench.lend_all();
+        bench.check_ceiling();
+        bench
+    }
+
+    /// The ceiling answers with the very map that a current lease does, byte for
+    /// byte as long.
+    fn check_ceiling(&self) {
+        let mut client = self.sides[0].server.connect();
+        let now = self.now.to_string();
+        let [acquired, ceiling] = ["MPOOL.ACQUIRE", "MPOOL.CEILING"].map(|command| {
+            let reply: Vec<Value> = client.run(&[command, &self.keys[0], &now]);
+            reply.iter().map(form).collect::<Vec<_>>()
+        });
+        assert_eq!(acquired, ceiling);
     }
 
     /// Keys in a scattered order.
@@ -335,6 +354,16 @@ fn lose_all<'a>(keys: &'a [String], accounts: &'a [String], now: i64) -> Vec<Com
             .map(|account| Command::Cool(account, now, 1)),
     );
     all
+}
+
+/// What a value costs to answer with: its kind and its length.
+fn form(value: &Value) -> (&'static str, usize) {
+    match value {
+        Value::BulkString(bytes) => ("text", bytes.len()),
+        Value::Int(number) => ("number", number.to_string().len()),
+        Value::Nil => ("null", 0),
+        other => panic!("{other:?} is no value of a lease's"),
+    }
 }
 
 const HMGET: &str = "HMGET of two fields";

@@ -25,7 +25,7 @@ impl Command for Ceiling {
         reply.map(5);
         reply.field_text("account", Some("account-000000"));
         reply.field_text("state", Some("current"));
-        reply.field_text("previous_account", None);
+        reply.field_text("previous_account", Some("account-000001"));
         reply.field_integer("last_rotation", Some(1_755_266_400_000));
         reply.field_integer("next_rotation", Some(1_755_352_800_000));
         Ok(())
