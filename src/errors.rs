@@ -14,6 +14,8 @@ pub(crate) enum Failure {
     /// The caller's `now` is too far from this server's clock. What would be
     /// accepted at this moment, in unix ms, both ends included.
     ClockSkew { from: i64, to: i64 },
+    /// The view is being made from the keyspace; nothing can be answered until then.
+    Loading,
     /// An argument isn't what the command takes; the text says what is.
     Syntax(&'static str),
     /// A key of the pool holds another type than it should.
@@ -39,7 +41,7 @@ impl From<Refusal> for Failure {
 }
 
 /// What counts refusals in `INFO`: the code words that clients meet.
-pub(crate) const CODES: [&str; 8] = [
+pub(crate) const CODES: [&str; 9] = [
     "nokey",
     "revoked",
     "expired",
@@ -47,6 +49,7 @@ pub(crate) const CODES: [&str; 8] = [
     "noaccount",
     "notoken",
     "clockskew",
+    "loading",
     "err",
 ];
 
@@ -63,7 +66,8 @@ impl Failure {
             ) => 4,
             Self::NoToken => 5,
             Self::ClockSkew { .. } => 6,
-            _ => 7,
+            Self::Loading => 7,
+            _ => 8,
         }
     }
 }
@@ -79,6 +83,7 @@ impl fmt::Display for Failure {
                     "CLOCKSKEW now is too far from this server's clock; accepted is {from} to {to}, or * for that clock"
                 );
             }
+            Self::Loading => "LOADING mpool is reading the keyspace; try again shortly",
             Self::Syntax(expected) => return write!(f, "ERR {expected}"),
             Self::WrongType => "WRONGTYPE a key of the pool holds another type of value than it should",
             Self::OutOfMemory => "OOM command not allowed when used memory > 'maxmemory'.",
@@ -144,6 +149,7 @@ mod tests {
         let others = [
             Failure::NoToken,
             Failure::ClockSkew { from: 0, to: 1 },
+            Failure::Loading,
             Failure::Syntax("now must be a number"),
         ];
         for failure in refusals.map(Failure::from).into_iter().chain(others) {

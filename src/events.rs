@@ -3,8 +3,9 @@
 //! answer; nothing is written here.
 
 use crate::ffi;
-use crate::node;
+use crate::node::{self, Node};
 use crate::pool::Pool;
+use crate::rebuild::{self, Files};
 use crate::store::{self, PoolKey};
 use redis_module::logging::RedisLogLevel;
 use redis_module::server_events::{
@@ -23,8 +24,8 @@ pub(crate) fn key_changed(ctx: &Context, _kind: NotifyEvent, _event: &str, name:
     ffi::guarded("a notification", || {
         let observation = store::own_write(key).unwrap_or_else(|| key.read(ctx, name));
         let off = node::with(|node| {
-            node.tell(|pool| observation.enter(pool));
-            node.is_primary && node.pool.has_stray_backlog()
+            node.observe(&observation);
+            node::is_ready() && node.is_primary && node.pool.has_stray_backlog()
         });
         match off {
             Ok(true) => drop(node::with_watcher(crate::accounts::Watcher::wake)),
@@ -37,7 +38,7 @@ pub(crate) fn key_changed(ctx: &Context, _kind: NotifyEvent, _event: &str, name:
 
 /// The pool's database is empty now.
 pub(crate) fn flushed() {
-    let emptied = node::with(|node| node.replace(node.pool.without_keyspace()));
+    let emptied = node::with(Node::flush);
     if emptied.is_ok() {
         node::with_watcher(crate::accounts::Watcher::wake);
     }
@@ -45,12 +46,9 @@ pub(crate) fn flushed() {
 
 /// Another database is the pool's now.
 pub(crate) fn swapped(ctx: &Context) {
-    let Ok(pool) = node::rebuilt(ctx) else {
-        return node::suspect();
-    };
-    if node::with(|node| node.replace(pool)).is_ok() {
-        node::with_watcher(crate::accounts::Watcher::wake);
-    }
+    node::suspect();
+    // Failing that, whoever comes next does it.
+    let _ = rebuild::renew(ctx, Files::InPortions);
 }
 
 fn role_changed(_ctx: &Context, role: ServerRole) {

@@ -22,6 +22,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// What Redis is told of a command.
 pub(crate) struct Spec {
@@ -854,6 +855,18 @@ unsafe extern "C" fn on_cron(
 unsafe extern "C" fn on_turn(ctx: *mut raw::RedisModuleCtx, _data: *mut c_void) {
     TURN_AHEAD.store(0, Ordering::Relaxed);
     guarded("a turn", || crate::background::turn(&Context::new(ctx)));
+}
+
+/// Processor time that this thread has used so far.
+pub(crate) fn processor_time() -> Duration {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: the call writes to the struct, which is of this very function.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
+    let seconds = u64::try_from(time.tv_sec).unwrap_or_default();
+    Duration::new(seconds, u32::try_from(time.tv_nsec).unwrap_or_default())
 }
 
 /// Whether Redis asks that nothing be written without a client's wish: clients

@@ -1,4 +1,5 @@
-//! `INFO mpool`: counters since the module was loaded, and the pool as it is.
+//! `INFO mpool`: counters since the module was loaded, and the pool as it is, which
+//! is left out while it isn't known.
 
 use crate::errors::CODES;
 use crate::ffi;
@@ -23,6 +24,7 @@ fn report(ctx: &InfoContext) -> RedisResult<()> {
     let fields = node::with(|node| {
         let counters = &node.counters;
         let mut fields = vec![
+            ("ready".to_owned(), node::is_ready().into()),
             ("acquires".to_owned(), counters.acquires),
             ("current".to_owned(), counters.current),
             ("bound".to_owned(), counters.bound),
@@ -32,6 +34,9 @@ fn report(ctx: &InfoContext) -> RedisResult<()> {
         ];
         let refusals = CODES.iter().zip(counters.refusals);
         fields.extend(refusals.map(|(code, count)| (format!("refused_{code}"), count)));
+        if !node::is_ready() {
+            return fields;
+        }
         let tiers = Tier::ALL.map(|tier| (tier, node.pool.summary(tier, now)));
         let sum =
             |part: fn(&crate::pool::Summary) -> u64| tiers.iter().map(|(_, tier)| part(tier)).sum();

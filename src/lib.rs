@@ -9,7 +9,7 @@
 //! - [`events`]: what Redis tells: changed keys, flushes, roles
 //! - [`node`]: the one pool of this server
 //! - [`background`]: the watcher's way into the pool
-//! - [`rebuild`]: a view made anew beside the one in use
+//! - [`rebuild`]: a view made anew beside the one there is
 //! - [`farewell`]: connections that the server can't keep without the module
 //! - [`settings`], [`info`], [`errors`]: what operators set, watch and meet
 //! - [`ffi`]: the only unsafe code
@@ -120,15 +120,13 @@ fn start(ctx: &Context, args: &[RedisString]) -> Result<(), &'static str> {
         background::enter(&mut node, change);
     }
     node::install(Some(node));
+    ffi::open_bell()?;
     // Loaded into a running server, the keyspace is there already.
-    let pool = node::rebuilt(ctx).map_err(|_| "the keyspace can't be read")?;
-    let _ = node::with(|node| {
-        node.pool = pool;
-        background::trust(node, found.readable);
-    });
+    node::suspect();
+    rebuild::renew(ctx, rebuild::Files::AtOnce).map_err(|_| "the keyspace can't be read")?;
+    let _ = node::with(|node| background::trust(node, found.readable));
     events::warn_of_eviction(ctx);
 
-    ffi::open_bell()?;
     let watcher = accounts::Watcher::start(scanner, background::open())
         .map_err(|_| "the watcher's thread can't be started")?;
     watcher.wake();

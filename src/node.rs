@@ -7,11 +7,11 @@ use crate::background;
 use crate::errors::{CODES, Failure};
 use crate::ffi;
 use crate::pool::{Choice, Effect, File, Pool, State, Tier};
-use crate::rebuild::Rebuild;
-use crate::store;
+use crate::rebuild::{self, Files, Rebuild};
+use crate::store::{self, Observation};
 use redis_module::{Context, ContextFlags};
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Mutex, PoisonError, TryLockError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -91,11 +91,23 @@ impl Node {
         }
     }
 
-    /// Tells the pool what has come or changed, and the one that is being made.
+    /// Tells the pool what has come or changed but for the keyspace, and the one
+    /// that is being made.
     pub(crate) fn tell(&mut self, news: impl Fn(&mut Pool)) {
         news(&mut self.pool);
         if let Some(pool) = self.rebuild.as_mut().and_then(Rebuild::pool) {
             news(pool);
+        }
+    }
+
+    /// Tells both what the keyspace says; but a pool that is to be replaced may be
+    /// of another keyspace, or broken: of that one, the account files alone count.
+    pub(crate) fn observe(&mut self, observation: &Observation<'_>) {
+        if is_ready() {
+            observation.enter(&mut self.pool);
+        }
+        if let Some(pool) = self.rebuild.as_mut().and_then(Rebuild::pool) {
+            observation.enter(pool);
         }
     }
 
@@ -107,20 +119,28 @@ impl Node {
         self.pool.set_file(tier, name, file);
     }
 
-    /// Puts another view of the keyspace, or of another keyspace, in its place.
-    pub(crate) fn replace(&mut self, pool: Pool) {
-        self.pool = pool;
+    /// The keyspace is empty now.
+    pub(crate) fn flush(&mut self) {
+        self.replace(self.pool.without_keyspace());
         if let Some(rebuild) = &mut self.rebuild {
-            rebuild.restart(&self.pool);
+            rebuild.flushed(&self.pool);
         }
     }
 
-    /// Puts a view of the same keyspace and files in its place, made anew.
+    /// Puts a view of the same files in its place, made anew from the keyspace.
     pub(crate) fn renew(&mut self, pool: Pool) {
-        self.pool = pool;
+        self.replace(pool);
         if let Some(rebuild) = &mut self.rebuild {
             rebuild.renumbered();
         }
+    }
+
+    /// Answers are given from that view from here on.
+    fn replace(&mut self, pool: Pool) {
+        rebuild::discard(std::mem::replace(&mut self.pool, pool));
+        set_ready();
+        let unasked = self.rebuild.take_if(|rebuild| !rebuild.is_asked_for());
+        unasked.into_iter().for_each(Rebuild::discard);
     }
 }
 
@@ -128,8 +148,17 @@ impl Node {
 /// adds is that coming back in by mistake fails instead of corrupting.
 static NODE: Mutex<Option<Node>> = Mutex::new(None);
 static WATCHER: Mutex<Option<Watcher>> = Mutex::new(None);
-/// The view can no longer be relied on: a panic cut a change of it short.
-static SUSPECT: AtomicBool = AtomicBool::new(false);
+
+/// What the view is good for; the next three.
+static STATE: AtomicU8 = AtomicU8::new(READY);
+/// It says what the keyspace says.
+const READY: u8 = 0;
+/// It is being made anew, a portion at a time. Until that is done nobody answers
+/// from it or acts on it.
+const READING: u8 = 1;
+/// It has to be made anew: another keyspace is there, or a panic cut a change of
+/// it short.
+const SUSPECT: u8 = 2;
 
 /// Does something with the node. It must not call Redis meanwhile.
 pub(crate) fn with<R>(run: impl FnOnce(&mut Node) -> R) -> Result<R, Failure> {
@@ -148,7 +177,7 @@ pub(crate) fn with<R>(run: impl FnOnce(&mut Node) -> R) -> Result<R, Failure> {
 /// Puts a node in place, or none at the module's end.
 pub(crate) fn install(node: Option<Node>) {
     *NODE.lock().unwrap_or_else(PoisonError::into_inner) = node;
-    SUSPECT.store(false, Ordering::Relaxed);
+    set_ready();
 }
 
 /// Puts the watcher in place; answers the one before.
@@ -168,9 +197,32 @@ pub(crate) fn with_watcher<R>(run: impl FnOnce(&Watcher) -> R) -> Option<R> {
         .map(run)
 }
 
-/// Have the view rebuilt before it is used again.
+/// Have the view made anew before it is used again.
 pub(crate) fn suspect() {
-    SUSPECT.store(true, Ordering::Relaxed);
+    STATE.store(SUSPECT, Ordering::Relaxed);
+}
+
+pub(crate) fn is_suspect() -> bool {
+    STATE.load(Ordering::Relaxed) == SUSPECT
+}
+
+/// The view is being made anew: see [`rebuild::renew`].
+pub(crate) fn set_reading() {
+    STATE.store(READING, Ordering::Relaxed);
+}
+
+pub(crate) fn is_reading() -> bool {
+    STATE.load(Ordering::Relaxed) == READING
+}
+
+/// The view is what the keyspace says.
+pub(crate) fn set_ready() {
+    STATE.store(READY, Ordering::Relaxed);
+}
+
+/// Whether the view may be answered from and acted on.
+pub(crate) fn is_ready() -> bool {
+    STATE.load(Ordering::Relaxed) == READY
 }
 
 /// This server's clock, in unix ms.
@@ -181,7 +233,7 @@ pub(crate) fn clock() -> i64 {
     i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
 }
 
-/// Makes the view from the keyspace anew.
+/// A view made from the keyspace anew, in one go.
 pub(crate) fn rebuilt(ctx: &Context) -> Result<Pool, Failure> {
     let mut pool = with(|node| node.pool.without_keyspace())?;
     let mut cursor = ffi::Cursor::new();
@@ -218,16 +270,24 @@ pub(crate) fn forget_arrivals() {
     HAS_ARRIVALS.store(false, Ordering::Release);
 }
 
-/// Makes the view fit to answer from: brings in news of account files, and
-/// rebuilds it if a panic has made it doubtful.
+/// Before anything is answered from the view, or done by what it says: brings in
+/// news of account files, and makes it anew if it has to be. Fails for as long
+/// as that takes.
 pub(crate) fn refresh(ctx: &Context) -> Result<(), Failure> {
     take_in()?;
-    if SUSPECT.load(Ordering::Relaxed) {
-        let pool = rebuilt(ctx)?;
-        with(|node| node.replace(pool))?;
-        SUSPECT.store(false, Ordering::Relaxed);
+    if is_ready() { Ok(()) } else { make_ready(ctx) }
+}
+
+#[cold]
+fn make_ready(ctx: &Context) -> Result<(), Failure> {
+    if is_suspect() {
+        rebuild::renew(ctx, Files::InPortions)?;
     }
-    Ok(())
+    if is_ready() {
+        Ok(())
+    } else {
+        Err(Failure::Loading)
+    }
 }
 
 /// Brings in a portion of the news; answers whether there is more.

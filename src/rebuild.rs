@@ -1,7 +1,11 @@
-//! A view that is made anew beside the one in use, a portion at a time, so that
-//! the server stands still at no size: for `MPOOL.REPAIR`. What happens
-//! meanwhile is told to both ([`Node::tell`]), so each portion finds both as the
-//! keyspace is; at the end they are compared, and the new one takes its place.
+//! A view that is made anew beside the one there is, a portion at a time, so that
+//! the server stands still at no size. What happens meanwhile is told to both
+//! ([`Node::tell`], [`Node::observe`]), so each portion finds both as the keyspace is.
+//!
+//! For `MPOOL.REPAIR` the one there is stays in use; at the end the two are
+//! compared, and the new one takes its place. For a keyspace that is new to the
+//! module, or after a panic, no view is in use until the new one is
+//! ([`node::is_ready`]).
 
 use crate::accounts::Watcher;
 use crate::background::Turn;
@@ -11,11 +15,17 @@ use crate::node::{self, Node};
 use crate::pool::{Difference, Effect, Pool, Walk};
 use crate::store;
 use redis_module::Context;
+use redis_module::logging::RedisLogLevel;
 use std::fmt;
 use std::time::{Duration, Instant};
 
 /// How long a portion takes at most, give or take its last step.
 const PORTION: Duration = Duration::from_micros(500);
+/// What may be done at once of a view without which nothing can be answered:
+/// enough for hundreds of keys, and with what comes before and after it less than
+/// the 2 ms that no stall may exceed (benches/stalls.rs). In processor time: a
+/// small pool is read at once though its server has to wait for a processor.
+const BUDGET: Duration = Duration::from_micros(1500);
 /// Accounts, or keys, that a step deals with: a few microseconds' work.
 const STEP: usize = 16;
 
@@ -57,7 +67,7 @@ pub(crate) struct Rebuild {
 }
 
 enum Phase {
-    /// The account files, as the view in use has them.
+    /// The account files, as the view there is has them.
     Files(usize),
     Keyspace(ffi::Cursor),
     /// What the view in use says, against the new one.
@@ -66,6 +76,14 @@ enum Phase {
     Absent(Walk),
     /// The new view is in use; what it has found at odds is put right.
     Settle,
+}
+
+/// How account files come into a view that is made anew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Files {
+    /// Before anything else; for who has just read them all from the disk.
+    AtOnce,
+    InPortions,
 }
 
 impl fmt::Debug for Rebuild {
@@ -109,14 +127,58 @@ impl Rebuild {
         }
     }
 
-    /// What was made so far is of another keyspace.
-    pub(crate) fn restart(&mut self, view: &Pool) {
+    /// The keyspace is empty, as the view in use has it.
+    pub(crate) fn flushed(&mut self, view: &Pool) {
         if !self.is_settling() {
-            self.pool = view.with_nothing();
-            self.phase = Phase::Files(0);
-            self.repaired = Repaired::default();
+            self.restart(view);
         }
     }
+
+    /// What was made so far is of another keyspace, or may be broken.
+    fn restart(&mut self, view: &Pool) {
+        discard(std::mem::replace(&mut self.pool, view.with_nothing()));
+        self.phase = Phase::Files(0);
+        self.repaired = Repaired::default();
+    }
+
+    /// Whether anybody waits for its end.
+    pub(crate) fn is_asked_for(&self) -> bool {
+        !(self.waiting.is_empty() && self.late.is_empty())
+    }
+
+    pub(crate) fn discard(self) {
+        discard(self.pool);
+    }
+}
+
+/// Drops a view on the watcher's thread: with a million keys, that takes a while.
+pub(crate) fn discard(pool: Pool) {
+    node::with_watcher(|watcher| watcher.discard(Box::new(pool)));
+}
+
+/// Makes the view anew before it is used again: as far as the budget goes at
+/// once, and then in portions. Whatever was under way begins again with it.
+pub(crate) fn renew(ctx: &Context, files: Files) -> Result<(), Failure> {
+    node::with(|node| {
+        let Node { pool, rebuild, .. } = node;
+        let rebuild = rebuild.get_or_insert_with(|| Rebuild::new(pool, Vec::new()));
+        rebuild.restart(pool);
+        if files == Files::AtOnce {
+            pool.copy_files(&mut rebuild.pool, 0, usize::MAX);
+            rebuild.phase = Phase::Keyspace(ffi::Cursor::new());
+        }
+        node::set_reading();
+    })?;
+    let end = ffi::processor_time() + BUDGET;
+    while matches!(step(ctx), Ok(true)) && ffi::processor_time() < end {}
+    if !node::is_ready() {
+        let message = "reading the keyspace; until that is done, commands answer LOADING";
+        ffi::log(RedisLogLevel::Notice, message);
+    }
+    if node::with(|node| node.rebuild.is_some())? {
+        ffi::ring();
+    }
+    Ok(())
 }
 
 /// Begins a rebuild, or has one follow that which is under way.
@@ -175,8 +237,7 @@ fn finish(outcome: Result<(), Failure>) {
     for waiter in done.waiting {
         waiter(outcome.clone().map(|()| done.repaired));
     }
-    // With a million keys, that takes a while.
-    node::with_watcher(|watcher| watcher.discard(Box::new(done.pool)));
+    discard(done.pool);
 }
 
 /// One step of a portion; answers whether there is more to do before settling.
@@ -186,6 +247,10 @@ fn step(ctx: &Context) -> Result<bool, Failure> {
         let Some(rebuild) = rebuild else {
             return Some(false);
         };
+        if node::is_suspect() {
+            rebuild.restart(pool);
+            node::set_reading();
+        }
         match &mut rebuild.phase {
             Phase::Files(from) => match pool.copy_files(&mut rebuild.pool, *from, STEP) {
                 Some(next) => *from = next,
@@ -255,6 +320,27 @@ fn scan(ctx: &Context) -> Result<(), Failure> {
                 rebuild.phase = Phase::Keyspace(cursor);
             }
         })?;
+    } else if node::is_reading() {
+        // There is no view in use to compare it with.
+        take_over()?;
+    }
+    Ok(())
+}
+
+/// The view that was made is the one in use from here on, and the first.
+fn take_over() -> Result<(), Failure> {
+    let asked_for = node::with(|node| {
+        let Node { pool, rebuild, .. } = node;
+        let rebuild = rebuild.as_mut()?;
+        rebuild.phase = Phase::Settle;
+        std::mem::swap(pool, &mut rebuild.pool);
+        node::set_ready();
+        Some(rebuild.is_asked_for())
+    })?;
+    // Nothing has been put right for as long as there was none.
+    node::with_watcher(Watcher::wake);
+    if asked_for == Some(false) {
+        finish(Ok(()));
     }
     Ok(())
 }

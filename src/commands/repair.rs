@@ -44,7 +44,13 @@ impl Command for Repair {
 fn at_once(ctx: &Context) -> Result<Repaired, Failure> {
     let rebuilt = node::rebuilt(ctx)?;
     let mut repaired = node::with(|node| {
-        let view = node.pool.differences(&rebuilt);
+        // One that nothing is answered from may be of another keyspace.
+        let is_used = node::is_ready();
+        let view = if is_used {
+            node.pool.differences(&rebuilt)
+        } else {
+            0
+        };
         node.renew(rebuilt);
         Repaired {
             view,
