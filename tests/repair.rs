@@ -1,5 +1,6 @@
-//! MPOOL.REPAIR of a large pool while others work: they are served meanwhile,
-//! and the view that it makes has all that they do.
+//! A large pool's view is made anew while others work: by MPOOL.REPAIR, during which
+//! they are served, and when another keyspace is there or the view is in doubt,
+//! until when they are refused and nothing is put right. It has all that they do.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -260,4 +261,575 @@ fn repairs_that_are_asked_for_at_once_are_all_answered() {
     // Redis unloads no module that a client waits for.
     client.unload();
     assert!(server.is_alive());
+}
+
+/// Enough keys that they are not read at once, however fast.
+const MANY: usize = 30_000;
+/// What `refused` says of a view that is still being made.
+const NOT_READY: &str = "LOADING mpool is reading the keyspace; try again shortly";
+
+/// A pool of many keys, six of them with a lease, in database 0.
+fn large_pool() -> Server {
+    pool(MANY)
+}
+
+/// Sends all in one write, so that the server carries it out without a turn of
+/// the module's in between, and answers each reply, errors by their text.
+fn at_one_blow(client: &mut Client, commands: &[&[&str]]) -> Vec<Result<Value, String>> {
+    let packed = commands.iter().flat_map(|words| {
+        let mut command = redis::Cmd::new();
+        command.arg(*words).get_packed_command()
+    });
+    let packed: Vec<u8> = packed.collect();
+    assert!(packed.len() < 16_000, "more than the server reads at once");
+    client.connection.send_packed_command(&packed).unwrap();
+    let mut reply = || match client.connection.recv_response().unwrap() {
+        Value::ServerError(error) => Err(format!(
+            "{} {}",
+            error.code(),
+            error.details().unwrap_or_default()
+        )),
+        reply => Ok(reply),
+    };
+    commands.iter().map(|_| reply()).collect()
+}
+
+/// The words that load the module with that server's account folder.
+fn load_words(server: &Server) -> [String; 5] {
+    [
+        "MODULE".into(),
+        "LOAD".into(),
+        module().to_str().unwrap().into(),
+        "account-dir".into(),
+        server.account_dir().to_str().unwrap().into(),
+    ]
+}
+
+fn is_ready(client: &mut Client) -> bool {
+    client.info("mpool", "mpool_ready") == "1"
+}
+
+fn wait_until_ready(client: &mut Client) {
+    wait_long("the keyspace to be read", Duration::from_secs(60), || {
+        is_ready(client).then_some(())
+    });
+}
+
+/// Holds the server to what it must do until the view is made: nothing that the
+/// module would put right changes. Answers how often that was seen.
+fn watch_until_ready(client: &mut Client, names: &[&str]) -> usize {
+    let (mut before, mut looks) = (None, 0);
+    loop {
+        let mut multi = redis::pipe();
+        multi.atomic().cmd("INFO").arg("mpool");
+        for name in names {
+            multi.cmd("DUMP").arg(name);
+        }
+        let mut all: Vec<Value> = multi.query(&mut client.connection).unwrap();
+        let info: redis::InfoDict = redis::from_redis_value(all.remove(0)).unwrap();
+        if info.get("mpool_ready") == Some(1) {
+            return looks;
+        }
+        let values = before.get_or_insert_with(|| all.clone());
+        assert_eq!(*values, all, "something was put right");
+        looks += 1;
+    }
+}
+
+fn refused_loading(reply: &Result<Value, String>) {
+    assert_eq!(reply.as_ref().unwrap_err(), NOT_READY);
+}
+
+/// The pool as it was when it was filled.
+fn check_pool(client: &mut Client, leases: &[Lease]) {
+    for (number, lease) in leases.iter().enumerate() {
+        let found = client.acquire(&key(number), NOW);
+        assert_eq!(
+            (&found.account, found.state.as_str()),
+            (&lease.account, "current")
+        );
+    }
+    client.check_invariants(2);
+    client.check_repair();
+}
+
+fn leases(client: &mut Client) -> Vec<Lease> {
+    (0..6)
+        .map(|number| client.acquire(&key(number), NOW))
+        .collect()
+}
+
+/// Each command that answers from the view or acts on it.
+fn commands(holder: &str) -> Vec<Vec<&str>> {
+    vec![
+        vec!["MPOOL.ACQUIRE", holder, "1755266400000"],
+        vec!["MPOOL.ACQUIRE", "nobody", "*", "WITHTOKEN"],
+        vec!["MPOOL.RELEASE", holder],
+        vec!["MPOOL.REVOKE", holder],
+        vec!["MPOOL.KEYGEN", "medium", "POOL"],
+        vec!["MPOOL.KEYGEN", "medium", "a"],
+        vec!["MPOOL.COOLDOWN", "medium", "a", "*", "60000"],
+        vec!["MPOOL.STATUS"],
+        vec!["MPOOL.STATUS", "ACCOUNTS", "medium"],
+        vec!["MPOOL.STATUS", "LEASES", "medium"],
+        vec!["MPOOL.STATUS", "KEY", holder],
+        vec!["MPOOL.RELOAD"],
+    ]
+}
+
+/// The first commands after `change` are refused, others' are not; nothing has been
+/// written by then, nor once the keyspace is read, and then all is as it was.
+fn check_a_large_keyspace_is_read_in_portions(
+    client: &mut Client,
+    change: &[&str],
+    before: &[Lease],
+) {
+    let holder = key(0);
+    let lease = format!("key_rotation:{holder}");
+    let asked = commands(&holder);
+    let mut all: Vec<&[&str]> = vec![change];
+    let holds = ["HGET", &lease, "account"];
+    for words in &asked {
+        all.extend([&words[..], &["PING"], &holds]);
+    }
+    all.push(&["INFO", "mpool"]);
+    all.push(&["DEBUG", "DIGEST"]);
+    let digest: String = client.run(&["DEBUG", "DIGEST"]);
+    let replies = at_one_blow(client, &all);
+    assert!(replies[0].is_ok(), "{:?}", replies[0]);
+    for (words, reply) in asked.iter().zip(replies[1..].chunks(3)) {
+        assert_eq!(reply[0], Err(NOT_READY.into()), "{words:?}");
+        assert_eq!(reply[1], Ok(Value::SimpleString("PONG".into())));
+        assert_eq!(text(reply[2].as_ref().unwrap()), before[0].account);
+    }
+    let [info, after] = &replies[replies.len() - 2..] else {
+        panic!("replies are missing");
+    };
+    let info = text(info.as_ref().unwrap());
+    assert!(info.contains("mpool_ready:0\r\n"), "{info}");
+    assert!(info.contains("mpool_refused_loading:2\r\n"), "{info}");
+    // Numbers of a view that nobody may rely on would be taken for the pool's.
+    assert!(!info.contains("_leases:"), "{info}");
+    let unread = text(after.as_ref().unwrap());
+    wait_until_ready(client);
+    check_pool(client, before);
+    // SWAPDB brings one database in the place of another.
+    let read: String = client.run(&["DEBUG", "DIGEST"]);
+    assert_eq!(unread, read);
+    assert!(change[0] == "SWAPDB" || read == digest);
+}
+
+#[test]
+fn a_large_keyspace_is_read_in_portions_after_a_swap() {
+    let mut server = large_pool();
+    let mut client = server.connect();
+    let before = leases(&mut client);
+    client.ok(&["SWAPDB", "0", "1"]);
+    // Nothing is there, which is soon read.
+    let error = client.error(&["MPOOL.ACQUIRE", &key(0), "*"]);
+    assert!(error.starts_with("NOKEY"), "{error}");
+    // Another pool, of which no lease may be told once it is gone.
+    register(&mut client, 7);
+    client.acquire(&key(6), NOW);
+    check_a_large_keyspace_is_read_in_portions(&mut client, &["SWAPDB", "0", "1"], &before);
+    assert_eq!(client.acquire(&key(6), NOW).state, "assigned");
+    client.check_invariants(2);
+    assert!(server.is_alive());
+}
+
+#[test]
+fn a_large_keyspace_is_read_in_portions_after_a_load() {
+    let mut server = large_pool();
+    let mut client = server.connect();
+    let before = leases(&mut client);
+    client.unload();
+    let mut client = server.connect();
+    let load = load_words(&server);
+    let load = load.each_ref().map(String::as_str);
+    check_a_large_keyspace_is_read_in_portions(&mut client, &load, &before);
+    assert!(server.is_alive());
+}
+
+#[test]
+fn a_large_keyspace_is_read_in_portions_after_a_panic() {
+    let mut server = large_pool();
+    let mut client = server.connect();
+    let before = leases(&mut client);
+    let holder = key(0);
+    let asked = commands(&holder);
+    let mut all: Vec<&[&str]> = vec![&["MPOOL.PANIC"]];
+    all.extend(asked.iter().map(|words| &words[..]));
+    let replies = at_one_blow(&mut client, &all);
+    replies[1..].iter().for_each(refused_loading);
+    // Another one in the midst of it: it begins again.
+    let replies = at_one_blow(&mut client, &[&["MPOOL.PANIC"], &["MPOOL.STATUS"]]);
+    refused_loading(&replies[1]);
+    wait_until_ready(&mut client);
+    check_pool(&mut client, &before);
+    assert!(server.is_alive());
+}
+
+#[test]
+fn commands_that_follow_a_swap_in_its_transaction_are_refused() {
+    let server = large_pool();
+    let mut client = server.connect();
+    let before = leases(&mut client);
+    client.ok(&["SWAPDB", "0", "1"]);
+    let holder = key(0);
+    let acquire = ["MPOOL.ACQUIRE", &holder, "1755266400000"];
+    let script = [
+        "EVAL",
+        "redis.call('SWAPDB', 0, 1) return redis.pcall(unpack(ARGV))",
+        "0",
+    ];
+    let script = [&script[..], &acquire].concat();
+    let transaction: [&[&str]; 5] = [
+        &["MULTI"],
+        &["SWAPDB", "0", "1"],
+        &acquire,
+        &["MPOOL.STATUS"],
+        &["EXEC"],
+    ];
+    let replies = at_one_blow(&mut client, &transaction);
+    let Ok(Value::Array(done)) = &replies[4] else {
+        panic!("{replies:?}");
+    };
+    for reply in &done[1..] {
+        assert!(
+            matches!(reply, Value::ServerError(error) if error.code() == "LOADING"),
+            "{reply:?}"
+        );
+    }
+    wait_until_ready(&mut client);
+    check_pool(&mut client, &before);
+    client.ok(&["SWAPDB", "0", "1"]);
+    let replies = at_one_blow(&mut client, &[&script]);
+    refused_loading(&replies[0]);
+    // A repair that is part of a transaction is done within it, and makes the view.
+    client.ok(&["SWAPDB", "0", "1"]);
+    let transaction: [&[&str]; 5] = [
+        &["MULTI"],
+        &["SWAPDB", "0", "1"],
+        &["MPOOL.REPAIR"],
+        &acquire,
+        &["EXEC"],
+    ];
+    let replies = at_one_blow(&mut client, &transaction);
+    let Ok(Value::Array(done)) = &replies[4] else {
+        panic!("{replies:?}");
+    };
+    let repaired: BTreeMap<String, i64> = redis::from_redis_value_ref(&done[1]).unwrap();
+    assert_eq!(repaired["changed"], 0, "{repaired:?}");
+    let lease: BTreeMap<String, Value> = redis::from_redis_value_ref(&done[2]).unwrap();
+    assert_eq!(Lease::of(&lease).state, "current");
+    check_pool(&mut client, &before);
+}
+
+#[test]
+fn what_happens_while_the_keyspace_is_read_is_acted_upon_after_that() {
+    let server = large_pool();
+    let mut client = server.connect();
+    let before = leases(&mut client);
+    let names: Vec<String> = (0..6)
+        .map(|number| format!("key_rotation:{}", key(number)))
+        .collect();
+    let counters = ACCOUNTS.map(|account| format!("medium_pool:slots:{account}"));
+    client.unload();
+    let mut client = server.connect();
+    let load = load_words(&server);
+    let load = load.each_ref().map(String::as_str);
+    // By hand: a lease goes, one comes, a counter is wrong, keys come, go and end.
+    let held = &before[1].account;
+    let new = "client_keys:new";
+    let replies = at_one_blow(
+        &mut client,
+        &[
+            &load,
+            &["DEL", &names[0]],
+            &[
+                "HSET",
+                &format!("key_rotation:{}", key(9)),
+                "account",
+                held,
+                "next_rotation",
+                "1755352800000",
+                "last_rotation",
+                "1755266400000",
+            ],
+            &["SET", &counters[3], "7"],
+            &[
+                "HSET", new, "tier", "medium", "use_pool", "true", "active", "true",
+            ],
+            &[
+                "HSET",
+                &format!("client_keys:{}", key(2)),
+                "active",
+                "false",
+            ],
+            &["DEL", &format!("client_keys:{}", key(3))],
+            &["MPOOL.STATUS"],
+        ],
+    );
+    refused_loading(&replies[7]);
+    // Files: one comes, another one's leases are to go with it.
+    server.write_account("medium/e", &bearer("e"));
+    let gone = &before[4].account;
+    server.remove_account(&format!("medium/{gone}"));
+    let watched: Vec<&str> = names
+        .iter()
+        .chain(&counters)
+        .map(String::as_str)
+        .chain([new, "medium_pool:slots:e"])
+        .collect();
+    let looks = watch_until_ready(&mut client, &watched);
+    assert!(looks > 10, "it was over after {looks} looks");
+    client.wait_for_account("e", true);
+    client.wait_for_account(gone, false);
+    for (number, lease) in before.iter().enumerate() {
+        let name = key(number);
+        let ended = [0, 2, 3].contains(&number) || lease.account == *gone;
+        // Of three leases of an account with two slots, the youngest by name goes.
+        assert_eq!(
+            client.holds(&name).is_none(),
+            ended || client.holds(&name).is_none() && lease.account == *held,
+            "{number}"
+        );
+    }
+    client.refused("REVOKED", &["MPOOL.ACQUIRE", &key(2), "*"]);
+    client.refused("NOKEY", &["MPOOL.ACQUIRE", &key(3), "*"]);
+    client.acquire("new", NOW);
+    client.check_invariants(2);
+    client.check_repair();
+}
+
+#[test]
+fn another_keyspace_while_one_is_read_begins_it_anew() {
+    let mut server = large_pool();
+    let mut client = server.connect();
+    let before = leases(&mut client);
+    let holder = key(0);
+    let acquire = ["MPOOL.ACQUIRE", &holder, "1755266400000"];
+    let swap = ["SWAPDB", "0", "1"];
+    let info = ["INFO", "mpool"];
+    client.ok(&swap);
+    // Back to nothing, which is read at once, and again.
+    let replies = at_one_blow(
+        &mut client,
+        &[&swap, &acquire, &swap, &acquire, &info, &swap, &acquire],
+    );
+    refused_loading(&replies[1]);
+    assert!(
+        replies[3].as_ref().unwrap_err().starts_with("NOKEY"),
+        "{replies:?}"
+    );
+    assert!(text(replies[4].as_ref().unwrap()).contains("mpool_ready:1"));
+    refused_loading(&replies[6]);
+    wait_until_ready(&mut client);
+    check_pool(&mut client, &before);
+    // Nothing is left, whatever of it had been read.
+    for flush in [&["FLUSHALL"][..], &["FLUSHDB", "ASYNC"]] {
+        client.ok(&["SAVE"]);
+        let replies = at_one_blow(
+            &mut client,
+            &[&swap, &swap, &acquire, flush, &acquire, &info],
+        );
+        refused_loading(&replies[2]);
+        assert!(
+            replies[4].as_ref().unwrap_err().starts_with("NOKEY"),
+            "{replies:?}"
+        );
+        let info = text(replies[5].as_ref().unwrap());
+        assert!(
+            info.contains("mpool_ready:1") && info.contains("mpool_leases:0"),
+            "{info}"
+        );
+        // A load begins with a flush, and tells of each key.
+        client.ok(&["DEBUG", "RELOAD", "NOSAVE"]);
+        check_pool(&mut client, &before);
+    }
+    let replies = at_one_blow(
+        &mut client,
+        &[&swap, &swap, &acquire, &["DEBUG", "RELOAD"], &acquire],
+    );
+    refused_loading(&replies[2]);
+    assert!(replies[4].is_ok(), "{replies:?}");
+    check_pool(&mut client, &before);
+    assert!(server.is_alive());
+}
+
+#[test]
+fn a_repair_that_is_asked_for_while_the_keyspace_is_read_waits_for_it() {
+    let server = large_pool();
+    let (mut client, mut other) = (server.connect(), server.connect());
+    let before = leases(&mut client);
+    client.ok(&["SWAPDB", "0", "1"]);
+    let replies = at_one_blow(
+        &mut client,
+        &[
+            &["SWAPDB", "0", "1"],
+            &["SET", "medium_pool:slots:a", "9"],
+            &["INFO", "mpool"],
+            &["MPOOL.REPAIR"],
+        ],
+    );
+    assert!(text(replies[2].as_ref().unwrap()).contains("mpool_ready:0"));
+    let repaired: BTreeMap<String, i64> =
+        redis::from_redis_value_ref(replies[3].as_ref().unwrap()).unwrap();
+    assert_eq!(repaired["view"], 0, "{repaired:?}");
+    assert!(is_ready(&mut other));
+    check_pool(&mut client, &before);
+    // One that is under way begins again with another keyspace.
+    client.ok(&["SWAPDB", "0", "1"]);
+    client.ok(&["SWAPDB", "0", "1"]);
+    wait_until_ready(&mut other);
+    client.send(&["MPOOL.REPAIR"]);
+    wait_for("the repair to begin", || {
+        is_under_way(&mut other).then_some(())
+    });
+    let replies = at_one_blow(
+        &mut other,
+        &[
+            &["SWAPDB", "0", "1"],
+            &["SWAPDB", "0", "1"],
+            &["MPOOL.STATUS"],
+        ],
+    );
+    refused_loading(&replies[2]);
+    assert_eq!(repaired_view(&mut client), 0);
+    check_pool(&mut other, &before);
+}
+
+fn repaired_view(client: &mut Client) -> i64 {
+    repaired(client)["view"]
+}
+
+#[test]
+fn the_keyspace_is_read_while_clients_are_paused() {
+    let server = large_pool();
+    let mut client = server.connect();
+    let before = leases(&mut client);
+    client.ok(&["SWAPDB", "0", "1"]);
+    let replies = at_one_blow(
+        &mut client,
+        &[
+            &["SWAPDB", "0", "1"],
+            &["SET", "medium_pool:slots:a", "9"],
+            &["CLIENT", "PAUSE", "600000", "WRITE"],
+            &["MPOOL.STATUS"],
+        ],
+    );
+    refused_loading(&replies[3]);
+    wait_until_ready(&mut client);
+    assert_eq!(
+        client.slots("a"),
+        Some(9),
+        "a write while clients are paused"
+    );
+    client.ok(&["CLIENT", "UNPAUSE"]);
+    check_pool(&mut client, &before);
+}
+
+#[test]
+fn the_module_can_go_while_the_keyspace_is_read() {
+    let mut server = large_pool();
+    let mut client = server.connect();
+    let before = leases(&mut client);
+    for _ in 0..3 {
+        client.ok(&["SWAPDB", "0", "1"]);
+        let replies = at_one_blow(
+            &mut client,
+            &[
+                &["SWAPDB", "0", "1"],
+                &["MPOOL.STATUS"],
+                &["DEBUG", "DIGEST"],
+            ],
+        );
+        refused_loading(&replies[1]);
+        // Whose last command was the module's would be closed.
+        client.ok(&["PING"]);
+        client.unload();
+        let digest: String = client.run(&["DEBUG", "DIGEST"]);
+        assert_eq!(digest, text(replies[2].as_ref().unwrap()));
+        client.load(&server);
+    }
+    wait_until_ready(&mut client);
+    check_pool(&mut client, &before);
+    assert!(server.is_alive());
+}
+
+/// The accounts of all leases that STATUS shows.
+fn lent(client: &mut Client) -> Vec<String> {
+    let rows = client.pages("LEASES", "medium", "100");
+    let mut accounts: Vec<String> = rows.iter().map(|row| text(&row["account"])).collect();
+    accounts.sort();
+    accounts
+}
+
+#[test]
+fn a_replica_reads_its_keyspace_and_is_promoted_meanwhile() {
+    let primary = large_pool();
+    let mut client = primary.connect();
+    let before = leases(&mut client);
+    for writable in ["no", "yes"] {
+        let options = Options::default().accounts(&ACCOUNTS);
+        let mut replica = options
+            .server(&[
+                "--replica-read-only",
+                if writable == "yes" { "no" } else { "yes" },
+            ])
+            .replica_of(&primary)
+            .start();
+        let mut other = replica.connect();
+        wait_for_same(&mut client, &mut other);
+        other.unload();
+        let mut other = replica.connect();
+        let load = load_words(&replica);
+        let load = load.each_ref().map(String::as_str);
+        // As a replica it reads on its own, and has the leases that its primary has.
+        let replies = at_one_blow(&mut other, &[&load, &["MPOOL.STATUS"]]);
+        refused_loading(&replies[1]);
+        wait_until_ready(&mut other);
+        assert_eq!(other.info("mpool", "mpool_leases"), "6");
+        assert_eq!(lent(&mut other), lent(&mut client));
+        // Promoted amid it, with something to put right, it does so when it has read all.
+        other.ok(&["PING"]);
+        other.unload();
+        let mut other = replica.connect();
+        let holder = key(0);
+        let acquire = ["MPOOL.ACQUIRE", &holder, "1755266400000"];
+        let replies = at_one_blow(
+            &mut other,
+            &[
+                &load,
+                &["REPLICAOF", "NO", "ONE"],
+                &["SET", "medium_pool:slots:a", "9"],
+                &acquire,
+            ],
+        );
+        refused_loading(&replies[3]);
+        let names = ACCOUNTS.map(|account| format!("medium_pool:slots:{account}"));
+        let looks = watch_until_ready(&mut other, &names.each_ref().map(String::as_str));
+        assert!(looks > 10, "it was over after {looks} looks");
+        wait_for("the counter to be put right", || {
+            (other.slots("a") != Some(9)).then_some(())
+        });
+        check_pool(&mut other, &before);
+        // A full copy begins with a flush.
+        let swap = ["SWAPDB", "0", "1"];
+        other.ok(&swap);
+        let port = primary.port.to_string();
+        let replies = at_one_blow(
+            &mut other,
+            &[
+                &swap,
+                &["MPOOL.STATUS"],
+                &["REPLICAOF", primary.host(), &port],
+            ],
+        );
+        refused_loading(&replies[1]);
+        wait_for_same(&mut client, &mut other);
+        wait_until_ready(&mut other);
+        assert_eq!(lent(&mut other), lent(&mut client));
+        assert!(replica.is_alive());
+    }
 }
