@@ -18,11 +18,11 @@ export async function request(key, url) {
       lease = await pool.sendCommand(['MPOOL.ACQUIRE', key, '*', 'WITHTOKEN'])
     } catch (error) {
       const words = error.message.split(' ')
-      if (!['POOLFULL', 'NOACCOUNT'].includes(words[0])) { // NOKEY, REVOKED, EXPIRED, …
+      if (!['POOLFULL', 'NOACCOUNT', 'LOADING'].includes(words[0])) { // NOKEY, REVOKED, EXPIRED, …
         return new Response(words[0], { status: 403 })
       }
       const due = Number(words.at(-1))
-      const wait = due ? Math.max(1, Math.ceil((due - Date.now()) / 1000)) : 60
+      const wait = due ? Math.max(1, Math.ceil((due - Date.now()) / 1000)) : words[0] === 'LOADING' ? 1 : 60
       return new Response(words[0], { status: 503, headers: { 'retry-after': String(wait) } })
     }
     const credential = lease.auth === 'x-api-key' ? { 'x-api-key': lease.token } : { authorization: `Bearer ${lease.token}` }

@@ -38,6 +38,8 @@ def request(key, url):
     for last_try in (False, True):
         try:
             lease = pool.execute_command("MPOOL.ACQUIRE", key, "*", "WITHTOKEN")
+        except redis.BusyLoadingError:
+            return 503, {"Retry-After": "1"}, b"LOADING"
         except redis.ResponseError as error:
             code, when = str(error).split(" ")[0], str(error).split(" ")[-1]
             if code not in ("POOLFULL", "NOACCOUNT"):  # NOKEY, REVOKED, EXPIRED, …

@@ -23,8 +23,8 @@ for try in first last; do
   # The reply's lines are names and values in turn; -X puts stdin in the place of KEY.
   if ! reply=$(printf %s "$key" | "${redis[@]}" -X KEY MPOOL.ACQUIRE KEY '*' WITHTOKEN 2>&1); then
     code=${reply%%[[:space:]]*} when=${reply##*[[:space:]]}
-    if [[ $code != POOLFULL && $code != NOACCOUNT ]]; then echo "403 $code" >&2; exit 1; fi
-    if [[ $when =~ ^[0-9]+$ ]]; then wait=$((when / 1000 - EPOCHSECONDS)); else wait=60; fi
+    if [[ $code != POOLFULL && $code != NOACCOUNT && $code != LOADING ]]; then echo "403 $code" >&2; exit 1; fi
+    if [[ $when =~ ^[0-9]+$ ]]; then wait=$((when / 1000 - EPOCHSECONDS)); elif [[ $code == LOADING ]]; then wait=1; else wait=60; fi
     echo "503 $code Retry-After: $((wait > 0 ? wait : 1))" >&2
     exit 1
   fi

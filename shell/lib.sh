@@ -160,7 +160,7 @@ hint_for() {
     READONLY) echo "This Redis is a replica: set MPOOL_REDIS_HOST and MPOOL_REDIS_PORT to its primary." ;;
     MISCONF) echo "Redis can't save to disk and takes no writes: see its log and free some disk." ;;
     OOM) echo "Redis is at its maxmemory and takes no writes." ;;
-    LOADING) echo "Redis is still loading its data: try again in a moment." ;;
+    LOADING) echo "Redis is still loading its data, or the module is reading it: try again in a moment." ;;
     NOPERM) echo "The ACL user may not run this command: see ACL SETUSER." ;;
     MASTERDOWN) echo "This replica has lost its primary: ask the primary." ;;
     BUSY) echo "Redis is busy with a script: try again in a moment." ;;

@@ -12,7 +12,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
-use support::{Client, DAY, Options, Server, wait_for};
+use support::{Client, DAY, Options, Server, wait_for, while_reading};
 use typed::{Outcome, Terminal, installed_packages, program};
 
 /// The example languages; each test is run for all of them.
@@ -310,6 +310,33 @@ fn a_pool_in_which_every_account_cools_down_is_told_with_the_time_too() {
             .unwrap_or_else(|| panic!("{language}: {outcome:?}"));
         let wait: i64 = wait.trim().parse().unwrap();
         assert!((300..=500).contains(&wait), "{language}: {wait} s");
+    });
+}
+
+#[test]
+fn a_module_that_reads_the_keyspace_is_a_reason_to_come_back_soon() {
+    for_each_language(|language| {
+        let (server, mut client) = started(&["one"]);
+        client.register(30_000);
+        let key = client.pool_key();
+        let upstream = Upstream::refusing("nobody's", 401, "");
+        let outcome = while_reading(&server, || run(language, &server, &key, &upstream.url()));
+        assert_eq!(outcome.code, 1, "{language}: {outcome:?}");
+        assert!(outcome.stderr.contains("503"), "{language}: {outcome:?}");
+        assert!(
+            format!("{outcome:?}").contains("LOADING"),
+            "{language}: {outcome:?}"
+        );
+        assert!(
+            outcome.stderr.trim().ends_with("Retry-After: 1"),
+            "{language}: {outcome:?}"
+        );
+        assert!(upstream.credentials().is_empty(), "{language}");
+        client.wait_until_ready();
+        assert_eq!(
+            run(language, &server, &key, &upstream.url()).ok().trim(),
+            "models"
+        );
     });
 }
 

@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 use support::network::Place;
 use support::sentinels::Sentinels;
-use support::{DAY, Options, PATIENCE, Server, free_port, wait_for};
+use support::{DAY, Options, PATIENCE, Server, free_port, wait_for, while_reading};
 
 /// In every URL and variable that must never be repeated.
 const SECRET: &str = "s3cr3t-of-redis";
@@ -2195,6 +2195,46 @@ fn leases_seen_go_on_for_a_while_without_redis() {
     stage.server.kill();
     check_redis_is_away(&stage.client().get("/", &revoked));
     check_ok(&stage.client().get("/", &seen));
+}
+
+#[test]
+fn a_module_that_reads_the_keyspace_is_as_a_redis_that_loads() {
+    for grace in ["0s", "60s"] {
+        let stage = Stage::on(durable(&[]), Upstream::ok(), &["--grace", grace]);
+        let mut redis = stage.server.connect();
+        let unseen = redis.pool_key();
+        redis.register(30_000);
+        let lease = redis.acquire(&stage.key, unix_ms());
+        check_ok(&stage.get("/"));
+        let connections = stage.forwarder.metric("mpool_redis_connections_up");
+        while_reading(&stage.server, || {
+            for _ in 0..10 {
+                let answer = promptly(|| stage.get("/"));
+                match grace {
+                    "0s" => check_redis_is_away(&answer),
+                    _ => check_ok(&answer),
+                }
+                check_redis_is_away(&promptly(|| stage.client().get("/", &unseen)));
+                let ready = stage.forwarder.admin("/readyz");
+                assert_eq!(ready.status(), 503);
+                let why = ready.text();
+                assert!(why.contains("is reading the keyspace"), "{why}");
+            }
+        });
+        if grace != "0s" {
+            stage.forwarder.wait_for_lines("state=grace", 10);
+        }
+        redis.wait_until_ready();
+        // There is no connection to be made anew.
+        assert_eq!(
+            stage.forwarder.metric("mpool_redis_connections_up"),
+            connections
+        );
+        check_ok(&stage.get("/"));
+        check_ok(&stage.client().get("/", &unseen));
+        let again = redis.acquire(&stage.key, unix_ms());
+        assert_eq!((again.account, again.last), (lease.account, lease.last));
+    }
 }
 
 /// How often the pool has been asked for an account, by whomever.

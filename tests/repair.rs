@@ -21,29 +21,13 @@ use support::*;
 const NOW: i64 = 1_755_266_400_000;
 const ACCOUNTS: [&str; 4] = ["a", "b", "c", "d"];
 
-fn key(number: usize) -> String {
-    format!("key-{number:06}")
-}
-
-fn register(client: &mut Client, keys: usize) {
-    for portion in (0..keys).collect::<Vec<_>>().chunks(1_000) {
-        let mut pipe = redis::pipe();
-        for &number in portion {
-            let name = format!("client_keys:{}", key(number));
-            let record = ["tier", "medium", "use_pool", "true", "active", "true"];
-            pipe.cmd("HSET").arg(name).arg(&record).ignore();
-        }
-        pipe.query::<()>(&mut client.connection).unwrap();
-    }
-}
-
 /// A server with so many keys, of which the first few hold slots.
 fn pool(keys: usize) -> Server {
     let server = Options::default().accounts(&ACCOUNTS).start();
     let mut client = server.connect();
-    register(&mut client, keys);
+    client.register(keys);
     for number in 0..6 {
-        client.acquire(&key(number), NOW);
+        client.acquire(&numbered_key(number), NOW);
     }
     server
 }
@@ -77,7 +61,7 @@ fn clients_are_served_while_a_repair_is_under_way() {
         });
         let mut served = 0;
         while !over.load(Ordering::Relaxed) {
-            assert_eq!(other.acquire(&key(0), NOW).state, "current");
+            assert_eq!(other.acquire(&numbered_key(0), NOW).state, "current");
             served += 1;
         }
         (served, repairing.join().unwrap())
@@ -90,7 +74,7 @@ fn clients_are_served_while_a_repair_is_under_way() {
 /// Leases, records and cooldowns that change in every way, by the module's
 /// commands and by hand.
 fn work(client: &mut Client, round: usize, server: &Server) {
-    let name = key(round % 40);
+    let name = numbered_key(round % 40);
     let now = NOW + round as i64;
     let _ = client.try_acquire(&name, now);
     let account = ACCOUNTS[round % 3];
@@ -107,10 +91,10 @@ fn work(client: &mut Client, round: usize, server: &Server) {
             client.ok(&["MPOOL.COOLDOWN", "medium", account, &now, until]);
         }
         5 => {
-            let record = format!("client_keys:{}", key(round + 100));
+            let record = format!("client_keys:{}", numbered_key(round + 100));
             client.ok(&["HSET", &record, "tier", "high"]);
         }
-        6 => client.ok(&["DEL", &format!("client_keys:{}", key(round + 103))]),
+        6 => client.ok(&["DEL", &format!("client_keys:{}", numbered_key(round + 103))]),
         7 => server.write_account(&format!("medium/x{}", round % 5), &bearer("x")),
         _ => {
             let other = format!("medium/x{}", (round + 3) % 5);
@@ -179,8 +163,8 @@ fn a_repair_starts_over_when_the_keyspace_is_another() {
         });
         assert_eq!(repaired["view"], 0, "{change:?}: {repaired:?}");
         other.check_repair();
-        register(&mut other, 200);
-        other.acquire(&key(0), NOW);
+        other.register(200);
+        other.acquire(&numbered_key(0), NOW);
         other.check_invariants(2);
         assert!(server.is_alive());
     }
@@ -309,12 +293,6 @@ fn is_ready(client: &mut Client) -> bool {
     client.info("mpool", "mpool_ready") == "1"
 }
 
-fn wait_until_ready(client: &mut Client) {
-    wait_long("the keyspace to be read", Duration::from_secs(60), || {
-        is_ready(client).then_some(())
-    });
-}
-
 /// Holds the server to what it must do until the view is made: nothing that the
 /// module would put right changes. Answers how often that was seen.
 fn watch_until_ready(client: &mut Client, names: &[&str]) -> usize {
@@ -343,7 +321,7 @@ fn refused_loading(reply: &Result<Value, String>) {
 /// The pool as it was when it was filled.
 fn check_pool(client: &mut Client, leases: &[Lease]) {
     for (number, lease) in leases.iter().enumerate() {
-        let found = client.acquire(&key(number), NOW);
+        let found = client.acquire(&numbered_key(number), NOW);
         assert_eq!(
             (&found.account, found.state.as_str()),
             (&lease.account, "current")
@@ -355,7 +333,7 @@ fn check_pool(client: &mut Client, leases: &[Lease]) {
 
 fn leases(client: &mut Client) -> Vec<Lease> {
     (0..6)
-        .map(|number| client.acquire(&key(number), NOW))
+        .map(|number| client.acquire(&numbered_key(number), NOW))
         .collect()
 }
 
@@ -384,7 +362,7 @@ fn check_a_large_keyspace_is_read_in_portions(
     change: &[&str],
     before: &[Lease],
 ) {
-    let holder = key(0);
+    let holder = numbered_key(0);
     let lease = format!("key_rotation:{holder}");
     let asked = commands(&holder);
     let mut all: Vec<&[&str]> = vec![change];
@@ -411,7 +389,7 @@ fn check_a_large_keyspace_is_read_in_portions(
     // Numbers of a view that nobody may rely on would be taken for the pool's.
     assert!(!info.contains("_leases:"), "{info}");
     let unread = text(after.as_ref().unwrap());
-    wait_until_ready(client);
+    client.wait_until_ready();
     check_pool(client, before);
     // SWAPDB brings one database in the place of another.
     let read: String = client.run(&["DEBUG", "DIGEST"]);
@@ -426,13 +404,13 @@ fn a_large_keyspace_is_read_in_portions_after_a_swap() {
     let before = leases(&mut client);
     client.ok(&["SWAPDB", "0", "1"]);
     // Nothing is there, which is soon read.
-    let error = client.error(&["MPOOL.ACQUIRE", &key(0), "*"]);
+    let error = client.error(&["MPOOL.ACQUIRE", &numbered_key(0), "*"]);
     assert!(error.starts_with("NOKEY"), "{error}");
     // Another pool, of which no lease may be told once it is gone.
-    register(&mut client, 7);
-    client.acquire(&key(6), NOW);
+    client.register(7);
+    client.acquire(&numbered_key(6), NOW);
     check_a_large_keyspace_is_read_in_portions(&mut client, &["SWAPDB", "0", "1"], &before);
-    assert_eq!(client.acquire(&key(6), NOW).state, "assigned");
+    assert_eq!(client.acquire(&numbered_key(6), NOW).state, "assigned");
     client.check_invariants(2);
     assert!(server.is_alive());
 }
@@ -455,7 +433,7 @@ fn a_large_keyspace_is_read_in_portions_after_a_panic() {
     let mut server = large_pool();
     let mut client = server.connect();
     let before = leases(&mut client);
-    let holder = key(0);
+    let holder = numbered_key(0);
     let asked = commands(&holder);
     let mut all: Vec<&[&str]> = vec![&["MPOOL.PANIC"]];
     all.extend(asked.iter().map(|words| &words[..]));
@@ -464,7 +442,7 @@ fn a_large_keyspace_is_read_in_portions_after_a_panic() {
     // Another one in the midst of it: it begins again.
     let replies = at_one_blow(&mut client, &[&["MPOOL.PANIC"], &["MPOOL.STATUS"]]);
     refused_loading(&replies[1]);
-    wait_until_ready(&mut client);
+    client.wait_until_ready();
     check_pool(&mut client, &before);
     assert!(server.is_alive());
 }
@@ -475,7 +453,7 @@ fn commands_that_follow_a_swap_in_its_transaction_are_refused() {
     let mut client = server.connect();
     let before = leases(&mut client);
     client.ok(&["SWAPDB", "0", "1"]);
-    let holder = key(0);
+    let holder = numbered_key(0);
     let acquire = ["MPOOL.ACQUIRE", &holder, "1755266400000"];
     let script = [
         "EVAL",
@@ -500,7 +478,7 @@ fn commands_that_follow_a_swap_in_its_transaction_are_refused() {
             "{reply:?}"
         );
     }
-    wait_until_ready(&mut client);
+    client.wait_until_ready();
     check_pool(&mut client, &before);
     client.ok(&["SWAPDB", "0", "1"]);
     let replies = at_one_blow(&mut client, &[&script]);
@@ -531,7 +509,7 @@ fn what_happens_while_the_keyspace_is_read_is_acted_upon_after_that() {
     let mut client = server.connect();
     let before = leases(&mut client);
     let names: Vec<String> = (0..6)
-        .map(|number| format!("key_rotation:{}", key(number)))
+        .map(|number| format!("key_rotation:{}", numbered_key(number)))
         .collect();
     let counters = ACCOUNTS.map(|account| format!("medium_pool:slots:{account}"));
     client.unload();
@@ -548,7 +526,7 @@ fn what_happens_while_the_keyspace_is_read_is_acted_upon_after_that() {
             &["DEL", &names[0]],
             &[
                 "HSET",
-                &format!("key_rotation:{}", key(9)),
+                &format!("key_rotation:{}", numbered_key(9)),
                 "account",
                 held,
                 "next_rotation",
@@ -562,11 +540,11 @@ fn what_happens_while_the_keyspace_is_read_is_acted_upon_after_that() {
             ],
             &[
                 "HSET",
-                &format!("client_keys:{}", key(2)),
+                &format!("client_keys:{}", numbered_key(2)),
                 "active",
                 "false",
             ],
-            &["DEL", &format!("client_keys:{}", key(3))],
+            &["DEL", &format!("client_keys:{}", numbered_key(3))],
             &["MPOOL.STATUS"],
         ],
     );
@@ -586,7 +564,7 @@ fn what_happens_while_the_keyspace_is_read_is_acted_upon_after_that() {
     client.wait_for_account("e", true);
     client.wait_for_account(gone, false);
     for (number, lease) in before.iter().enumerate() {
-        let name = key(number);
+        let name = numbered_key(number);
         let ended = [0, 2, 3].contains(&number) || lease.account == *gone;
         // Of three leases of an account with two slots, the youngest by name goes.
         assert_eq!(
@@ -595,8 +573,8 @@ fn what_happens_while_the_keyspace_is_read_is_acted_upon_after_that() {
             "{number}"
         );
     }
-    client.refused("REVOKED", &["MPOOL.ACQUIRE", &key(2), "*"]);
-    client.refused("NOKEY", &["MPOOL.ACQUIRE", &key(3), "*"]);
+    client.refused("REVOKED", &["MPOOL.ACQUIRE", &numbered_key(2), "*"]);
+    client.refused("NOKEY", &["MPOOL.ACQUIRE", &numbered_key(3), "*"]);
     client.acquire("new", NOW);
     client.check_invariants(2);
     client.check_repair();
@@ -607,7 +585,7 @@ fn another_keyspace_while_one_is_read_begins_it_anew() {
     let mut server = large_pool();
     let mut client = server.connect();
     let before = leases(&mut client);
-    let holder = key(0);
+    let holder = numbered_key(0);
     let acquire = ["MPOOL.ACQUIRE", &holder, "1755266400000"];
     let swap = ["SWAPDB", "0", "1"];
     let info = ["INFO", "mpool"];
@@ -624,7 +602,7 @@ fn another_keyspace_while_one_is_read_begins_it_anew() {
     );
     assert!(text(replies[4].as_ref().unwrap()).contains("mpool_ready:1"));
     refused_loading(&replies[6]);
-    wait_until_ready(&mut client);
+    client.wait_until_ready();
     check_pool(&mut client, &before);
     // Nothing is left, whatever of it had been read.
     for flush in [&["FLUSHALL"][..], &["FLUSHDB", "ASYNC"]] {
@@ -681,7 +659,7 @@ fn a_repair_that_is_asked_for_while_the_keyspace_is_read_waits_for_it() {
     // One that is under way begins again with another keyspace.
     client.ok(&["SWAPDB", "0", "1"]);
     client.ok(&["SWAPDB", "0", "1"]);
-    wait_until_ready(&mut other);
+    other.wait_until_ready();
     client.send(&["MPOOL.REPAIR"]);
     wait_for("the repair to begin", || {
         is_under_way(&mut other).then_some(())
@@ -719,7 +697,7 @@ fn the_keyspace_is_read_while_clients_are_paused() {
         ],
     );
     refused_loading(&replies[3]);
-    wait_until_ready(&mut client);
+    client.wait_until_ready();
     assert_eq!(
         client.slots("a"),
         Some(9),
@@ -752,7 +730,7 @@ fn the_module_can_go_while_the_keyspace_is_read() {
         assert_eq!(digest, text(replies[2].as_ref().unwrap()));
         client.load(&server);
     }
-    wait_until_ready(&mut client);
+    client.wait_until_ready();
     check_pool(&mut client, &before);
     assert!(server.is_alive());
 }
@@ -788,14 +766,14 @@ fn a_replica_reads_its_keyspace_and_is_promoted_meanwhile() {
         // As a replica it reads on its own, and has the leases that its primary has.
         let replies = at_one_blow(&mut other, &[&load, &["MPOOL.STATUS"]]);
         refused_loading(&replies[1]);
-        wait_until_ready(&mut other);
+        other.wait_until_ready();
         assert_eq!(other.info("mpool", "mpool_leases"), "6");
         assert_eq!(lent(&mut other), lent(&mut client));
         // Promoted amid it, with something to put right, it does so when it has read all.
         other.ok(&["PING"]);
         other.unload();
         let mut other = replica.connect();
-        let holder = key(0);
+        let holder = numbered_key(0);
         let acquire = ["MPOOL.ACQUIRE", &holder, "1755266400000"];
         let replies = at_one_blow(
             &mut other,
@@ -828,7 +806,7 @@ fn a_replica_reads_its_keyspace_and_is_promoted_meanwhile() {
         );
         refused_loading(&replies[1]);
         wait_for_same(&mut client, &mut other);
-        wait_until_ready(&mut other);
+        other.wait_until_ready();
         assert_eq!(lent(&mut other), lent(&mut client));
         assert!(replica.is_alive());
     }

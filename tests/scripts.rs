@@ -10,7 +10,7 @@ use proxy::{Forwarder, Upstream};
 use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::time::{Duration, Instant};
-use support::{Client, DAY, Options, Server, bearer, free_port, text, wait_for};
+use support::{Client, DAY, Options, Server, bearer, free_port, text, wait_for, while_reading};
 use typed::{Terminal, key_in, program};
 
 const REFUSED: i32 = 1;
@@ -417,6 +417,30 @@ fn a_replica_shows_its_pool_and_refuses_the_rest() {
             "{command}: {said}"
         );
     }
+}
+
+#[test]
+fn while_the_module_reads_the_keyspace_one_is_asked_to_try_again() {
+    let (server, mut client, terminal) = pool_of(&["one"]);
+    client.register(30_000);
+    while_reading(&server, || {
+        for command in [
+            "pool-status.sh",
+            "medium.sh",
+            "release.sh sk-cli-v1-any",
+            "revoke.sh sk-cli-v1-any",
+        ] {
+            let said = terminal.run(&format!("shell/{command}")).fails(REFUSED);
+            assert!(
+                said.contains("LOADING mpool is reading") && said.contains("try again in a moment"),
+                "{command}: {said}"
+            );
+        }
+    });
+    // This one waits for it.
+    let said = terminal.run("shell/sync-slots.sh").ok();
+    assert!(said.contains("othing"), "{said}");
+    terminal.run("shell/pool-status.sh").ok();
 }
 
 #[test]

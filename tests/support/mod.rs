@@ -18,9 +18,11 @@ use std::fs::{self, OpenOptions};
 use std::io::Write;
 use std::net::TcpListener;
 use std::os::unix::fs::OpenOptionsExt;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
@@ -628,6 +630,27 @@ impl Client {
         }
     }
 
+    /// Registers so many client keys by hand, [`numbered_key`] 0 and on.
+    pub fn register(&mut self, keys: usize) {
+        for portion in (0..keys).collect::<Vec<_>>().chunks(1_000) {
+            let mut pipe = redis::pipe();
+            for &number in portion {
+                let name = format!("client_keys:{}", numbered_key(number));
+                let record = ["tier", "medium", "use_pool", "true", "active", "true"];
+                pipe.cmd("HSET").arg(name).arg(&record).ignore();
+            }
+            pipe.query::<()>(&mut self.connection).unwrap();
+        }
+    }
+
+    /// Waits until the module has read the keyspace.
+    #[track_caller]
+    pub fn wait_until_ready(&mut self) {
+        wait_long("the keyspace to be read", 3 * PATIENCE, || {
+            (self.info("mpool", "mpool_ready") == "1").then_some(())
+        });
+    }
+
     /// A new key of the pool.
     #[track_caller]
     pub fn pool_key(&mut self) -> String {
@@ -814,6 +837,40 @@ impl Client {
         let repair: BTreeMap<String, i64> = self.run(&["MPOOL.REPAIR"]);
         assert_eq!(repair["changed"], 0, "{repair:?}");
     }
+}
+
+/// A client key of [`Client::register`].
+pub fn numbered_key(number: usize) -> String {
+    format!("key-{number:06}")
+}
+
+/// Does something while the module of a server with many keys reads its keyspace: that
+/// is another one again and again. Nothing of it is changed.
+pub fn while_reading<T>(server: &Server, work: impl FnOnce() -> T) -> T {
+    let over = AtomicBool::new(false);
+    let mut client = server.connect();
+    let mut swap_twice = move || {
+        let mut multi = redis::pipe();
+        multi.atomic().cmd("SWAPDB").arg(0).arg(1);
+        multi.cmd("SWAPDB").arg(0).arg(1).cmd("INFO").arg("mpool");
+        let (_, _, info): (Value, Value, redis::InfoDict) =
+            multi.query(&mut client.connection).unwrap();
+        assert_eq!(info.get("mpool_ready"), Some(0), "it was read at once");
+    };
+    swap_twice();
+    let outcome = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                std::thread::sleep(Duration::from_millis(5));
+                swap_twice();
+            }
+        });
+        let outcome = catch_unwind(AssertUnwindSafe(work));
+        // First, or a failure would leave the other at work for ever.
+        over.store(true, Ordering::Relaxed);
+        outcome
+    });
+    outcome.unwrap_or_else(|panic| resume_unwind(panic))
 }
 
 /// Processor time that a process has used so far, in user space and in the kernel.

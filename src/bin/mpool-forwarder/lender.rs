@@ -457,6 +457,9 @@ fn refused(error: &[u8]) -> Denied {
         "POOLFULL" => later(Code::PoolFull, 60, "every slot is in use"),
         "NOACCOUNT" => later(Code::NoAccount, 30, "no account can be used"),
         "NOTOKEN" => later(Code::NoToken, 30, "the account's file is not on this Redis"),
+        "LOADING" if detail.starts_with("mpool ") => {
+            cannot_ask("the module is reading the keyspace")
+        }
         "LOADING" => cannot_ask("Redis is loading its data"),
         "READONLY" => cannot_ask("this Redis is a replica"),
         "MASTERDOWN" => cannot_ask("this Redis has lost its primary"),
@@ -533,6 +536,11 @@ mod tests {
             ("NOTOKEN x", Code::NoToken, Some(30)),
             (
                 "LOADING Redis is loading the dataset in memory",
+                Code::Redis,
+                Some(1),
+            ),
+            (
+                "LOADING mpool is reading the keyspace; try again shortly",
                 Code::Redis,
                 Some(1),
             ),
