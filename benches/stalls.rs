@@ -1,6 +1,6 @@
 //! How long the server stands still with a large pool, and what that takes in
 //! memory: while keys and accounts are added, during a rescan of the account
-//! files, a promotion and a load.
+//! files, a promotion, a load, and when the view is made anew.
 //!
 //! A client of its own sends PING after PING meanwhile (see common/probe.rs). The
 //! same is measured of a server without the module that does the same writes, or
@@ -169,6 +169,7 @@ fn main() {
     let mut primary = bench.adding_keys();
     bench.promotion(&primary);
     bench.repair(&primary);
+    bench.reading(&primary);
     bench.loading(&mut primary);
     bench.page.save();
 }
@@ -176,12 +177,17 @@ fn main() {
 impl Bench {
     /// Prints what was seen, and holds what the module adds to the bar.
     fn report(&mut self, what: &str, stalls: &Stalls) {
+        self.report_beside("without the module", what, stalls);
+    }
+
+    /// The same beside something else.
+    fn report_beside(&mut self, other: &str, what: &str, stalls: &Stalls) {
         let kinds: [(&str, Part); 3] = [
             ("round trip", |stall| stall.trip),
             ("without waits for a processor", |stall| stall.own),
             ("CPU of the main thread", |stall| stall.cpu),
         ];
-        self.page.table(format!("{what}; with the module, without"));
+        self.page.table(format!("{what}; that, and {other}"));
         for (kind, of) in kinds {
             let [own, plain] = stalls.figures(of);
             let (own, plain) = (spread(&own), spread(&plain));
@@ -191,7 +197,7 @@ impl Bench {
         let [own, plain] = stalls.figures(|stall| stall.own);
         let added = pairs(&own, &plain, |own, plain| own - plain);
         self.page.line(format!(
-            "  {what}: stall {:.2} ms, {:.2} without the module; of its making {} {}",
+            "  {what}: stall {:.2} ms, {:.2} {other}; of its making {} {}",
             median(&own),
             median(&plain),
             STALL.judge(median(&added), " ms"),
@@ -336,6 +342,37 @@ impl Bench {
         }
         let what = format!("MPOOL.REPAIR with {} leases", self.keys);
         self.report(&what, &stalls);
+    }
+
+    /// The keyspace is new to the module: another database's, or the module is loaded.
+    fn reading(&mut self, server: &Server) {
+        let (idle, empty) = (options(true, 0).start(), options(false, 0).start());
+        let [mut swaps, mut loads] = [(); 2].map(|()| Stalls::default());
+        for round in 1..=self.rounds {
+            progress(&format!("stalls: reading {round} of {}", self.rounds));
+            let mut client = server.connect();
+            client.ok(&["SWAPDB", "0", "1"]);
+            client.wait_until_ready();
+            sleep(AFTERMATH);
+            both(server, &idle, &mut swaps, || {
+                client.ok(&["SWAPDB", "0", "1"]);
+                client.wait_until_ready();
+            });
+            for (place, server) in [server, &empty].into_iter().enumerate() {
+                server.connect().unload();
+                let stall = stall_of(server.port, || {
+                    let mut client = server.connect();
+                    client.load(server);
+                    client.wait_until_ready();
+                });
+                loads.add(place, stall);
+            }
+        }
+        let keys = self.keys;
+        self.report(&format!("SWAPDB to {keys} leases"), &swaps);
+        // What is left out is reading the account files, as at every load.
+        let what = format!("MODULE LOAD into a server with {keys} leases");
+        self.report_beside("with none", &what, &loads);
     }
 
     /// The same data loaded with the module and without, in turn; then what it takes.

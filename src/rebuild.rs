@@ -22,10 +22,10 @@ use std::time::{Duration, Instant};
 /// How long a portion takes at most, give or take its last step.
 const PORTION: Duration = Duration::from_micros(500);
 /// What may be done at once of a view without which nothing can be answered:
-/// enough for hundreds of keys, and with what comes before and after it less than
-/// the 2 ms that no stall may exceed (benches/stalls.rs). In processor time: a
-/// small pool is read at once though its server has to wait for a processor.
-const BUDGET: Duration = Duration::from_micros(1500);
+/// enough for hundreds of keys, and with a portion right after it less than the
+/// 2 ms that no stall may exceed (benches/stalls.rs). In processor time: a small
+/// pool is read at once though its server has to wait for a processor.
+const BUDGET: Duration = Duration::from_millis(1);
 /// Accounts, or keys, that a step deals with: a few microseconds' work.
 const STEP: usize = 16;
 

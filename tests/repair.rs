@@ -278,24 +278,18 @@ fn at_one_blow(client: &mut Client, commands: &[&[&str]]) -> Vec<Result<Value, S
     commands.iter().map(|_| reply()).collect()
 }
 
-/// The words that load the module with that server's account folder.
-fn load_words(server: &Server) -> [String; 5] {
-    [
-        "MODULE".into(),
-        "LOAD".into(),
-        module().to_str().unwrap().into(),
-        "account-dir".into(),
-        server.account_dir().to_str().unwrap().into(),
-    ]
-}
-
 fn is_ready(client: &mut Client) -> bool {
     client.info("mpool", "mpool_ready") == "1"
 }
 
 /// Holds the server to what it must do until the view is made: nothing that the
-/// module would put right changes. Answers how often that was seen.
-fn watch_until_ready(client: &mut Client, names: &[&str]) -> usize {
+/// module would put right changes. Answers how often that was seen; in between, something
+/// else may be done.
+fn watch_until_ready(
+    client: &mut Client,
+    names: &[&str],
+    mut meanwhile: impl FnMut(&mut Client, usize),
+) -> usize {
     let (mut before, mut looks) = (None, 0);
     loop {
         let mut multi = redis::pipe();
@@ -310,6 +304,7 @@ fn watch_until_ready(client: &mut Client, names: &[&str]) -> usize {
         }
         let values = before.get_or_insert_with(|| all.clone());
         assert_eq!(*values, all, "something was put right");
+        meanwhile(client, looks);
         looks += 1;
     }
 }
@@ -422,8 +417,8 @@ fn a_large_keyspace_is_read_in_portions_after_a_load() {
     let before = leases(&mut client);
     client.unload();
     let mut client = server.connect();
-    let load = load_words(&server);
-    let load = load.each_ref().map(String::as_str);
+    let load = server.load_words();
+    let load = load.iter().map(String::as_str).collect::<Vec<_>>();
     check_a_large_keyspace_is_read_in_portions(&mut client, &load, &before);
     assert!(server.is_alive());
 }
@@ -524,8 +519,8 @@ fn what_happens_while_the_keyspace_is_read_is_acted_upon_after_that() {
             .ignore();
     }
     pipe.query::<()>(&mut client.connection).unwrap();
-    let load = load_words(&server);
-    let load = load.each_ref().map(String::as_str);
+    let load = server.load_words();
+    let load = load.iter().map(String::as_str).collect::<Vec<_>>();
     // By hand: a lease goes, one comes, a counter is wrong, keys come, go and end.
     let held = &before[1].account;
     let new = "client_keys:new";
@@ -569,7 +564,12 @@ fn what_happens_while_the_keyspace_is_read_is_acted_upon_after_that() {
         .map(String::as_str)
         .chain([new, "medium_pool:slots:e"])
         .collect();
-    let looks = watch_until_ready(&mut client, &watched);
+    // At any time: keys that have been read already are read again.
+    let ends = |client: &mut Client, look: usize| {
+        let record = format!("client_keys:{}", numbered_key(1_000 + look));
+        client.ok(&["HSET", &record, "active", "false"]);
+    };
+    let looks = watch_until_ready(&mut client, &watched, ends);
     assert!(looks > 10, "it was over after {looks} looks");
     client.wait_for_account("e", true);
     client.wait_for_account(gone, false);
@@ -586,6 +586,10 @@ fn what_happens_while_the_keyspace_is_read_is_acted_upon_after_that() {
             ended || client.holds(&name).is_none() && lease.account == *held,
             "{number}"
         );
+    }
+    for look in 0..looks {
+        let error = client.error(&["MPOOL.ACQUIRE", &numbered_key(1_000 + look), "*"]);
+        assert!(error.starts_with("REVOKED"), "{look}: {error}");
     }
     client.refused("REVOKED", &["MPOOL.ACQUIRE", &numbered_key(2), "*"]);
     client.refused("NOKEY", &["MPOOL.ACQUIRE", &numbered_key(3), "*"]);
@@ -775,8 +779,8 @@ fn a_replica_reads_its_keyspace_and_is_promoted_meanwhile() {
         wait_for_same(&mut client, &mut other);
         other.unload();
         let mut other = replica.connect();
-        let load = load_words(&replica);
-        let load = load.each_ref().map(String::as_str);
+        let load = replica.load_words();
+        let load = load.iter().map(String::as_str).collect::<Vec<_>>();
         // As a replica it reads on its own, and has the leases that its primary has.
         let replies = at_one_blow(&mut other, &[&load, &["MPOOL.STATUS"]]);
         refused_loading(&replies[1]);
@@ -808,7 +812,7 @@ fn a_replica_reads_its_keyspace_and_is_promoted_meanwhile() {
         );
         refused_loading(&replies[3]);
         let names = ACCOUNTS.map(|account| format!("medium_pool:slots:{account}"));
-        let looks = watch_until_ready(&mut other, &names.each_ref().map(String::as_str));
+        let looks = watch_until_ready(&mut other, &names.each_ref().map(String::as_str), |_, _| ());
         assert!(looks > 10, "it was over after {looks} looks");
         wait_for("the counter to be put right", || {
             (other.slots("a") != Some(9)).then_some(())

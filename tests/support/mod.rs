@@ -372,6 +372,15 @@ impl Server {
         self.folder.path().join("account")
     }
 
+    /// What loads the module into the server as it is started with it.
+    pub fn load_words(&self) -> Vec<String> {
+        let (path, folder) = (module(), self.account_dir());
+        let words = ["MODULE", "LOAD", path.to_str().unwrap()];
+        let folder = ["account-dir", folder.to_str().unwrap()];
+        let words = words.iter().chain(&folder).map(ToString::to_string);
+        words.chain(self.options.module.iter().cloned()).collect()
+    }
+
     pub fn account_file(&self, account: &str) -> PathBuf {
         self.account_dir().join(format!("{account}.json"))
     }
@@ -596,12 +605,11 @@ impl Client {
         });
     }
 
-    /// Loads the module again, with that server's account folder.
+    /// Loads the module again, as that server was started with it.
     #[track_caller]
     pub fn load(&mut self, server: &Server) {
-        let (path, folder) = (module(), server.account_dir());
-        let load = ["MODULE", "LOAD", path.to_str().unwrap()];
-        self.ok(&[&load[..], &["account-dir", folder.to_str().unwrap()]].concat());
+        let load = server.load_words();
+        self.ok(&load.iter().map(String::as_str).collect::<Vec<_>>());
     }
 
     /// Sends a command whose answer is to be waited for later, or never.
@@ -646,7 +654,7 @@ impl Client {
     /// Waits until the module has read the keyspace.
     #[track_caller]
     pub fn wait_until_ready(&mut self) {
-        wait_long("the keyspace to be read", 3 * PATIENCE, || {
+        wait_long("the keyspace to be read", 10 * PATIENCE, || {
             (self.info("mpool", "mpool_ready") == "1").then_some(())
         });
     }
