@@ -84,7 +84,7 @@ fn put_right(ctx: &Context) -> Result<Turn, Failure> {
     let flags = ctx.get_flags();
     if !flags.contains(ContextFlags::MASTER) {
         // The primary puts things right; they come from there.
-        return Ok(Turn::Done);
+        return node::refresh(ctx).map(|()| Turn::Done);
     }
     if flags.contains(ContextFlags::LOADING) || ffi::must_not_write() {
         return Ok(Turn::NotNow);

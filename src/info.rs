@@ -35,6 +35,8 @@ fn report(ctx: &InfoContext) -> RedisResult<()> {
         let refusals = CODES.iter().zip(counters.refusals);
         fields.extend(refusals.map(|(code, count)| (format!("refused_{code}"), count)));
         if !node::is_ready() {
+            // Somebody wants to know.
+            ffi::ring();
             return fields;
         }
         let tiers = Tier::ALL.map(|tier| (tier, node.pool.summary(tier, now)));

@@ -353,6 +353,8 @@ fn nothing_is_lost_in_many_commands_of_every_kind() {
         // On a connection that speaks as the helpers expect.
         let mut client = server.connect();
         client.ok(&["CONFIG", "SET", "mpool.slots-per-account", "2"]);
+        // A panic may have been the last thing.
+        client.wait_until_ready();
         client.ok(&["MPOOL.RELOAD"]);
         client.ok(&["MPOOL.REPAIR"]);
         client.check_invariants(2);

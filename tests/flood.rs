@@ -32,7 +32,8 @@ const MOST_KEYS: usize = 300;
 const MARK: &str = "zZqQ";
 
 /// What an error of the module's begins with.
-const CODES: [&str; 8] = [
+const CODES: [&str; 9] = [
+    "LOADING",
     "NOKEY",
     "REVOKED",
     "EXPIRED",

@@ -53,6 +53,11 @@ impl Run {
             }
             Err(error) => {
                 let code = error.code().unwrap_or_default().to_owned();
+                // Long runs leave more keys than are read at once after a swap.
+                if code == "LOADING" {
+                    self.client.wait_until_ready();
+                    return self.go(words);
+                }
                 let known = [
                     "NOKEY",
                     "REVOKED",

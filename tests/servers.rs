@@ -765,6 +765,9 @@ fn a_panic_is_an_error_reply_and_a_line_in_the_log() {
     }
     // The same behind a script and a transaction, and the status after one.
     client.refused("ERR", &["EVAL", "return redis.call('MPOOL.PANIC')", "0"]);
+    // Who watches INFO alone sees the view made anew.
+    client.wait_until_ready();
+    client.error(&["MPOOL.PANIC"]);
     client.ok(&["MPOOL.STATUS"]);
     client.error(&["MPOOL.PANIC"]);
     server.remove_account("medium/b");
