@@ -53,9 +53,10 @@ impl Run {
             }
             Err(error) => {
                 let code = error.code().unwrap_or_default().to_owned();
-                // Long runs leave more keys than are read at once after a swap.
+                // Long runs leave more keys than are read at once after a swap. What
+                // changes by hand then is put right with the rest, in many turns.
                 if code == "LOADING" {
-                    self.client.wait_until_ready();
+                    self.client.ok(&["MPOOL.REPAIR"]);
                     return self.go(words);
                 }
                 let known = [
