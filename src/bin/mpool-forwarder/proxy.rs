@@ -84,52 +84,56 @@ impl From<Denied> for Own {
 
 impl Proxy {
     /// Answers a request. Dropping the future drops the upstream's part too.
-    pub async fn serve(
-        &self,
+    ///
+    /// No async fn, here and in `forward`: it would keep room for its arguments
+    /// beside what becomes of them.
+    pub fn serve(
+        self: Arc<Self>,
         request: Request<Incoming>,
-        exchange: &Arc<Exchange>,
-    ) -> Response<Reply> {
+        exchange: Arc<Exchange>,
+    ) -> impl Future<Output = Response<Reply>> + Send {
         let may_have_length = exchange.take_may_have_length();
         let active = exchange.begin();
         let (parts, body) = request.into_parts();
         let over_http2 = parts.version == Version::HTTP_2;
-        let turn = || over_http2.then(|| Turn::begin(exchange));
         let mut report = Report::begin(&self.metrics, &parts.method, &parts.uri);
         let plain = headers::framing_is_plain(&parts.headers);
         // RFC 9112 section 6.1: where a length came with a coding, nothing that
         // follows on the connection is to be trusted.
         let mut last = !plain || may_have_length && parts.headers.contains_key(TRANSFER_ENCODING);
-        let admitted = if self.metrics.in_flight.get() > self.most_in_flight() {
-            // One connection of HTTP/2 may carry many.
-            Err(Code::Connections.into())
-        } else if plain {
-            self.admit(&parts, &body, &mut report).await
-        } else {
-            Err(Code::BadRequest.into())
-        };
-        let mut response = match admitted {
-            Ok(admitted) => {
-                self.forward((parts, body), admitted, report, active, exchange)
-                    .await
-            }
-
-            Err(own) => {
-                // A client that waits for leave to send its body will not send it,
-                // nor can it be told whether it does.
-                if parts.headers.contains_key(EXPECT) {
-                    last |= !over_http2 && !body.is_end_stream();
-                } else {
-                    upload::discard(body, Some(exchange.hold()));
+        async move {
+            let admitted = if self.metrics.in_flight.get() > self.most_in_flight() {
+                // One connection of HTTP/2 may carry many.
+                Err(Code::Connections.into())
+            } else if plain {
+                self.admit(&parts, &body, &mut report).await
+            } else {
+                Err(Code::BadRequest.into())
+            };
+            let mut response = match admitted {
+                Ok(admitted) => {
+                    self.forward((parts, body), admitted, report, active, &exchange)
+                        .await
                 }
-                answer(own, report, active, turn())
+                Err(own) => {
+                    // A client that waits for leave to send its body will not send it,
+                    // nor can it be told whether it does.
+                    if parts.headers.contains_key(EXPECT) {
+                        last |= !over_http2 && !body.is_end_stream();
+                    } else {
+                        upload::discard(body, Some(exchange.hold()));
+                    }
+                    let turn = over_http2.then(|| Turn::begin(&exchange));
+                    answer(own, report, active, turn)
+                }
+            };
+            if last {
+                response
+                    .headers_mut()
+                    .insert(CONNECTION, HeaderValue::from_static("close"));
             }
-        };
-        if last {
             response
-                .headers_mut()
-                .insert(CONNECTION, HeaderValue::from_static("close"));
         }
-        response
     }
 
     /// What can be said before any of the body has been read.
@@ -208,14 +212,14 @@ impl Proxy {
         }
     }
 
-    async fn forward(
-        &self,
+    fn forward<'a>(
+        &'a self,
         (parts, body): (Parts, Incoming),
         (grant, key): (Grant, Box<str>),
         mut report: Report,
         active: Active,
-        exchange: &Arc<Exchange>,
-    ) -> Response<Reply> {
+        exchange: &'a Arc<Exchange>,
+    ) -> impl Future<Output = Response<Reply>> + Send + use<'a> {
         report.granted(&grant);
         let mut headers = parts.headers;
         let expects_continue = expects_continue(&headers);
@@ -233,19 +237,21 @@ impl Proxy {
         };
         order.extensions.remove::<hyper::upgrade::OnUpgrade>();
         report.upload(&order.upload);
-        let turn = || order.over_http2.then(|| Turn::begin(exchange));
-        let outcome = self.exchange(&order, grant, &mut report).await;
-        let withheld = order.expects_continue && order.upload.is_withheld();
-        let mut response = match outcome {
-            Ok(response) => self.relay(response, &order, report, active, turn()),
-            Err(own) => answer(own, report, active, turn()),
-        };
-        if withheld && !order.over_http2 {
-            // As the body may come or not, the connection ends here.
-            let close = HeaderValue::from_static("close");
-            response.headers_mut().insert(CONNECTION, close);
+        async move {
+            let outcome = self.exchange(&order, grant, &mut report).await;
+            let turn = order.over_http2.then(|| Turn::begin(exchange));
+            let withheld = order.expects_continue && order.upload.is_withheld();
+            let mut response = match outcome {
+                Ok(response) => self.relay(response, &order, report, active, turn),
+                Err(own) => answer(own, report, active, turn),
+            };
+            if withheld && !order.over_http2 {
+                // As the body may come or not, the connection ends here.
+                let close = HeaderValue::from_static("close");
+                response.headers_mut().insert(CONNECTION, close);
+            }
+            response
         }
-        response
     }
 
     fn relay(

@@ -390,9 +390,9 @@ impl Serving {
         let io = TokioIo::new(client);
         let (proxy, place) = (self.proxy, self.place);
         let service = service_fn(move |request: Request<Incoming>| {
-            let (proxy, exchange) = (Arc::clone(&proxy), Arc::clone(&exchange));
+            let served = Arc::clone(&proxy).serve(request, Arc::clone(&exchange));
             // It is large, and gone once the answer has begun.
-            Box::pin(async move { Ok::<_, Infallible>(proxy.serve(request, &exchange).await) })
+            Box::pin(served.map(Ok::<_, Infallible>))
         });
         // Whatever ends a connection has been reported request by request.
         if http2 {
