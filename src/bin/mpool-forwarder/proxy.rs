@@ -368,7 +368,7 @@ impl Proxy {
         // A connection that was closed while it was idle is found out on use.
         for _ in 0..MOST_UNSENT {
             let channel = self.upstream.channel().await?;
-            let request = self.request(order, grant, channel.is_http2())?;
+            let request = |http2| self.request(order, grant, http2);
             match self.upstream.send(channel, request, &order.upload).await {
                 Err(SendError::Unsent) => {}
                 outcome => return outcome,

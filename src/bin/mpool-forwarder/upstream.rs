@@ -174,7 +174,7 @@ pub enum Channel {
 }
 
 impl Channel {
-    pub const fn is_http2(&self) -> bool {
+    const fn is_http2(&self) -> bool {
         matches!(self, Self::Http2(..))
     }
 }
@@ -260,16 +260,18 @@ impl Upstream {
         }
     }
 
-    /// Sends a request and waits for the answer's head.
+    /// Sends a request, in the form that the connection's protocol asks for
+    /// (whether it is HTTP/2), and waits for the answer's head.
     ///
     /// # Errors
     /// [`SendError`]. Dropping the future drops the request.
     pub async fn send(
         &self,
         mut channel: Channel,
-        request: Request<UploadBody>,
+        request: impl FnOnce(bool) -> Result<Request<UploadBody>, SendError>,
         upload: &Upload,
     ) -> Result<Response<Download>, SendError> {
+        let request = request(channel.is_http2())?;
         let (sending, connection) = match &mut channel {
             Channel::Http1(Http1 { sender, connection }) => {
                 let sending = sender.try_send_request(request);
