@@ -6,9 +6,10 @@ mod proxy;
 mod support;
 
 use proxy::{Client, Exchange, Head, Http2Upstream, Stage, Upstream, chunked, request};
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
-use std::sync::LazyLock;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 use support::{Options, PATIENCE, wait_for};
 
@@ -1565,6 +1566,58 @@ fn an_upstream_that_does_not_read_stops_the_client() {
     Pattern::from(sent).each(BODY - sent, |piece| client.send(piece));
     assert_eq!(client.answer().text(), BODY.to_string());
     reader.join().unwrap();
+}
+
+#[test]
+fn a_download_without_an_end_leaves_the_others_their_turns() {
+    let upstream = Upstream::start(|mut exchange| match &*exchange.target {
+        "/endless" => {
+            exchange.stream();
+            let chunk = chunked(vec![b'x'; 1 << 20]);
+            while exchange.try_send(&chunk).is_ok() {}
+        }
+        _ => exchange.ok(),
+    });
+    let stage = Stage::with(upstream, &["--threads", "1"]);
+    let mut endless = stage.client();
+    endless.ask("GET", "/endless", &stage.key, &[], b"");
+    endless.head();
+    let (come, over) = (
+        Arc::new(AtomicU64::new(0)),
+        Arc::new(AtomicBool::new(false)),
+    );
+    let taking = std::thread::spawn({
+        let (come, over) = (Arc::clone(&come), Arc::clone(&over));
+        move || {
+            let mut buffer = vec![0; 1 << 20];
+            while !over.load(Ordering::Relaxed) {
+                let read = endless.wire.stream.read(&mut buffer).unwrap();
+                come.fetch_add(read as u64, Ordering::Relaxed);
+            }
+        }
+    });
+    // Counted in bytes of the other's, and not in time, as machines differ.
+    let mut client = stage.client();
+    std::thread::sleep(Duration::from_millis(300));
+    let mut waits: Vec<u64> = (0..100)
+        .map(|_| {
+            std::thread::sleep(Duration::from_millis(1));
+            let before = come.load(Ordering::Relaxed);
+            assert_eq!(client.get("/", &stage.key).text(), "ok");
+            come.load(Ordering::Relaxed) - before
+        })
+        .collect();
+    over.store(true, Ordering::Relaxed);
+    taking.join().unwrap();
+    waits.sort_unstable();
+    let median = waits[waits.len() / 2];
+    eprintln!(
+        "MEDIAN {} MiB p90 {} max {}",
+        median / MIB,
+        waits[90] / MIB,
+        waits[99] / MIB
+    );
+    assert!(median < 40 * MIB, "{} MiB", median / MIB);
 }
 
 #[test]

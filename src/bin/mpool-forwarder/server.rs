@@ -31,6 +31,9 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_rustls::TlsAcceptor;
 
+/// How many tasks have their turn before sockets are looked at again. One turn
+/// may pass much on, and what others wait for meanwhile waits as well.
+const EVENT_INTERVAL: u32 = 13;
 /// Streams of one HTTP/2 connection at once.
 const MAX_STREAMS: u32 = 256;
 /// Connections beyond the limit that are told so at once; others are just closed.
@@ -141,6 +144,7 @@ impl Workers {
         let workers = (0..shared.config.threads).map(|number| {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
+                .event_interval(EVENT_INTERVAL)
                 .build()?;
             let (connections, waiting) = mpsc::unbounded_channel();
             let (done, finished) = oneshot::channel();

@@ -41,6 +41,9 @@ const IDLE: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_secs(1);
 /// One that has been unused for no longer is not looked at before its use.
 const MOMENT: Duration = Duration::from_millis(1);
+/// How much of an answer is passed on before the thread's other connections get
+/// their turn, in bytes.
+const TURN: usize = 64 << 10;
 /// Unused connections kept by each thread.
 const MAX_IDLE: usize = 1024;
 /// Streams on one HTTP/2 connection, unless the server allows fewer; then
@@ -453,6 +456,8 @@ pub struct Download {
     channel: Option<(Channel, Weak<Shared>)>,
     /// Why it has broken off, to be told the next time.
     broken: Option<hyper::Error>,
+    /// Bytes handed over in this turn of the task.
+    turn: usize,
 }
 
 impl Download {
@@ -461,6 +466,7 @@ impl Download {
             body,
             channel: Some((channel, Arc::downgrade(shared))),
             broken: None,
+            turn: 0,
         };
         if download.body.is_end_stream() {
             download.release();
@@ -501,6 +507,12 @@ impl Body for Download {
         if let Some(error) = this.broken.take() {
             return Poll::Ready(Some(Err(error)));
         }
+        if this.turn >= TURN {
+            // An upstream that always has more would hold up the thread's other connections.
+            this.turn = 0;
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         let mut polled = Pin::new(&mut this.body).poll_frame(cx);
         if polled.is_pending()
             && let Some((Channel::Http1(http1), _)) = &mut this.channel
@@ -516,8 +528,14 @@ impl Body for Download {
         }
         let over = match &polled {
             Poll::Ready(None) => true,
-            Poll::Ready(Some(Ok(frame))) => frame.is_trailers() || this.body.is_end_stream(),
-            _ => false,
+            Poll::Ready(Some(Ok(frame))) => {
+                this.turn += frame.data_ref().map_or(0, Bytes::len);
+                frame.is_trailers() || this.body.is_end_stream()
+            }
+            _ => {
+                this.turn = 0;
+                false
+            }
         };
         if over {
             this.release();
