@@ -366,8 +366,8 @@ impl Proxy {
 
     async fn send(&self, order: &Order, grant: &Grant) -> Result<Response<Download>, SendError> {
         // A connection that was closed while it was idle is found out on use.
-        for _ in 0..MOST_UNSENT {
-            let channel = self.upstream.channel().await?;
+        for unsent in 0..MOST_UNSENT {
+            let channel = self.upstream.channel(unsent > 0).await?;
             let request = |http2| self.request(order, grant, http2);
             match self.upstream.send(channel, request, &order.upload).await {
                 Err(SendError::Unsent) => {}

@@ -245,11 +245,12 @@ impl Upstream {
     }
 
     /// A connection for a request: one that is open and free, or a new one.
+    /// With `look`, also one that was used this moment is looked at first.
     ///
     /// # Errors
     /// [`SendError::Connect`] and [`SendError::ConnectTimeout`].
-    pub async fn channel(&self) -> Result<Channel, SendError> {
-        if let Some(channel) = self.0.free() {
+    pub async fn channel(&self, look: bool) -> Result<Channel, SendError> {
+        if let Some(channel) = self.0.free(look) {
             return Ok(channel);
         }
         if !self.0.over_http2.load(Ordering::Relaxed) {
@@ -257,7 +258,7 @@ impl Upstream {
         }
         // The others can use what the first of them makes.
         let _turn = self.0.connecting.lock().await;
-        match self.0.free() {
+        match self.0.free(look) {
             Some(channel) => Ok(channel),
             None => Box::pin(self.0.connect()).await,
         }
@@ -307,11 +308,11 @@ trait Transport: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static {}
 impl<T: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static> Transport for T {}
 
 impl Shared {
-    fn free(&self) -> Option<Channel> {
+    fn free(&self, look: bool) -> Option<Channel> {
         let mut idle = lock(&self.idle);
         while let Some(Idle { mut http1, since }) = idle.pop() {
             let unused = since.elapsed();
-            if unused < MOMENT || unused < IDLE && http1.is_free() {
+            if !look && unused < MOMENT || unused < IDLE && http1.is_free() {
                 return Some(Channel::Http1(http1));
             }
         }
