@@ -525,6 +525,12 @@ impl OpenKey {
         // SAFETY: the key is open.
         unsafe { raw::RedisModule_KeyType.map_or(0, |kind| kind(self.0.as_ptr())) }
     }
+
+    /// Whether nothing is left of what it holds.
+    fn is_empty(&self) -> bool {
+        // SAFETY: the key is open.
+        unsafe { raw::RedisModule_ValueLength.is_some_and(|length| length(self.0.as_ptr()) == 0) }
+    }
 }
 
 impl Drop for OpenKey {
@@ -613,6 +619,10 @@ pub(crate) fn read_hash<const N: usize>(
                 ptr::null_mut::<raw::RedisModuleString>(),
             );
         }
+    }
+    // Redis 8.2 tells of a hash whose last field has expired, and only then drops it.
+    if values.iter().all(|value| value.is_null()) && key.is_empty() {
+        return Ok(None);
     }
     let mut values = values.into_iter().map(|value| {
         (!value.is_null()).then(|| RedisString::from_redis_module_string(ptr::null_mut(), value))

@@ -624,6 +624,15 @@ fn a_field_that_expires_is_a_field_that_goes() {
         client = server.connect();
         assert_eq!(client.acquire(&key, NOW).state, "current", "{limit}");
         client.check_repair();
+        // A hash goes with the last of its fields.
+        client.ok(&["HSET", "client_keys:short", "tier", "medium"]);
+        expire(&mut client, "client_keys:short", "1", "tier").unwrap();
+        wait_for("the record to go", || {
+            let there: bool = client.run(&["EXISTS", "client_keys:short"]);
+            (!there).then_some(())
+        });
+        client.refused("NOKEY", &["MPOOL.STATUS", "KEY", "short"]);
+        client.check_repair();
         assert!(server.is_alive(), "{limit}");
     }
 }
