@@ -129,9 +129,13 @@ impl Node {
 
     /// Puts a view of the same files in its place, made anew from the keyspace.
     pub(crate) fn renew(&mut self, pool: Pool) {
+        let was_suspect = is_suspect();
         self.replace(pool);
-        if let Some(rebuild) = &mut self.rebuild {
-            rebuild.renumbered();
+        match &mut self.rebuild {
+            // What cut a change of the one short may have done so to the other.
+            Some(rebuild) if was_suspect => rebuild.restart(&self.pool),
+            Some(rebuild) => rebuild.renumbered(),
+            None => {}
         }
     }
 

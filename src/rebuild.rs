@@ -136,7 +136,7 @@ impl Rebuild {
     }
 
     /// What was made so far is of another keyspace, or may be broken.
-    fn restart(&mut self, view: &Pool) {
+    pub(crate) fn restart(&mut self, view: &Pool) {
         discard(std::mem::replace(&mut self.pool, view.with_nothing()));
         self.phase = Phase::Files(0);
         self.repaired = Repaired::default();
@@ -344,4 +344,27 @@ fn take_over() -> Result<(), Failure> {
         finish(Ok(()));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pool::{Choice, Stored, Tier};
+
+    #[test]
+    fn a_repair_in_multi_after_a_panic_has_one_under_way_begin_anew() {
+        let mut node = Node::new(Pool::new(2, 1000), Choice::Seeded(1), true);
+        let mut rebuild = Rebuild::new(&node.pool, vec![Box::new(|_| {})]);
+        rebuild.phase = Phase::Compare(Walk::default());
+        // It was not told that this has changed since.
+        let stale = Stored::Count(1);
+        rebuild.pool.observe_slots(Tier::Medium, "a", stale);
+        node.rebuild = Some(rebuild);
+        node::suspect();
+        node.renew(node.pool.without_keyspace());
+        assert!(node::is_ready());
+        let rebuild = node.rebuild.as_ref().expect("somebody waits for it");
+        assert_eq!(rebuild.pool.differences(&node.pool), 0);
+        assert!(matches!(rebuild.phase, Phase::Files(0)));
+    }
 }
