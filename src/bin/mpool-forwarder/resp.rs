@@ -8,6 +8,9 @@
 /// The longest reply that is waited for, in bytes.
 const LONGEST: usize = 64 << 20;
 
+/// No length has more digits, leading zeros included.
+const MOST_DIGITS: usize = 20;
+
 /// What came is not Redis's protocol, or too long.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Malformed;
@@ -97,7 +100,7 @@ fn count(bytes: &[u8]) -> Result<Option<Line>, Malformed> {
     let mut number = 0_usize;
     for (place, byte) in bytes.iter().enumerate().skip(start) {
         let digit = byte.wrapping_sub(b'0');
-        if digit <= 9 && !is_null && number <= LONGEST {
+        if digit <= 9 && !is_null && number <= LONGEST && place < MOST_DIGITS {
             number = number * 10 + usize::from(digit);
             continue;
         }
@@ -189,6 +192,7 @@ mod tests {
             b"*99999999999999999999\r\n",
             b"+a\n",
             b"$99999999999\r\n",
+            b"$000000000000000000000",
         ] {
             assert_eq!(reply_length(bytes), Err(Malformed), "{bytes:?}");
         }
