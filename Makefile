@@ -60,7 +60,7 @@ bench: deps-bench optimized ## the benchmarks: a page of ratios, kept in benches
 build: ## the module, the forwarder and the demo upstream, for the tests
 	cargo build --lib --bins --examples
 
-optimized: deps-optimize ## target/optimized/mpool-forwarder, built by a profile of itself under load: a sixth less CPU time
+optimized: deps-optimize ## target/optimized/mpool-forwarder, built by a profile of itself under load: an eighth less CPU time
 	@scripts/optimize
 
 clean: ## removes what was built; data/ and account/ stay
