@@ -59,8 +59,10 @@ fn found(bytes: &[u8]) -> Found {
             for shown in [format!("{credential:?}"), format!("{credential:#?}")] {
                 // What every Debug output has in it is no leak.
                 let known = "Credential { auth: Bearer XApiKey token: SecretBox<str>([REDACTED]) expires_at: Some(\n None, }";
+                let end = format!("{:?}", credential.expires_at);
+                let is_known = known.contains(token) || end.contains(token);
                 assert!(
-                    token.len() < 8 || known.contains(token) || !shown.contains(token),
+                    token.len() < 8 || is_known || !shown.contains(token),
                     "shows its token"
                 );
             }
