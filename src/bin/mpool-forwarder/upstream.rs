@@ -133,13 +133,10 @@ pub struct Http1 {
 }
 
 impl Http1 {
-    fn drive(&mut self, cx: &mut Context<'_>) {
-        drive(&mut self.connection, cx);
-    }
-
     /// Whether it can take a request, as far as has come to be known.
     fn is_free(&mut self) -> bool {
-        self.drive(&mut Context::from_waker(Waker::noop()));
+        let cx = &mut Context::from_waker(Waker::noop());
+        drive(&mut self.connection, cx);
         self.sender.is_ready()
     }
 
@@ -518,7 +515,7 @@ impl Body for Download {
         if polled.is_pending()
             && let Some((Channel::Http1(http1), _)) = &mut this.channel
         {
-            http1.drive(cx);
+            drive(&mut http1.connection, cx);
             polled = Pin::new(&mut this.body).poll_frame(cx);
         }
         if let Poll::Ready(Some(Err(error))) = polled {
