@@ -252,9 +252,13 @@ const MANY: usize = 30_000;
 /// What `refused` says of a view that is still being made.
 const NOT_READY: &str = "LOADING mpool is reading the keyspace; try again shortly";
 
-/// A pool of many keys, six of them with a lease, in database 0.
-fn large_pool() -> Server {
-    pool(MANY)
+/// A pool of many keys, six of them with a lease, in database 0; a client of its
+/// server, and those leases.
+fn large_pool() -> (Server, Client, Vec<Lease>) {
+    let server = pool(MANY);
+    let mut client = server.connect();
+    let before = leases(&mut client);
+    (server, client, before)
 }
 
 /// Sends all in one write, so that the server carries it out without a turn of
@@ -394,9 +398,7 @@ fn check_a_large_keyspace_is_read_in_portions(
 
 #[test]
 fn a_large_keyspace_is_read_in_portions_after_a_swap() {
-    let mut server = large_pool();
-    let mut client = server.connect();
-    let before = leases(&mut client);
+    let (mut server, mut client, before) = large_pool();
     client.ok(&["SWAPDB", "0", "1"]);
     // Nothing is there, which is soon read.
     let error = client.error(&["MPOOL.ACQUIRE", &numbered_key(0), "*"]);
@@ -412,9 +414,7 @@ fn a_large_keyspace_is_read_in_portions_after_a_swap() {
 
 #[test]
 fn a_large_keyspace_is_read_in_portions_after_a_load() {
-    let mut server = large_pool();
-    let mut client = server.connect();
-    let before = leases(&mut client);
+    let (mut server, mut client, before) = large_pool();
     client.unload();
     let mut client = server.connect();
     let load = server.load_words();
@@ -425,9 +425,7 @@ fn a_large_keyspace_is_read_in_portions_after_a_load() {
 
 #[test]
 fn a_large_keyspace_is_read_in_portions_after_a_panic() {
-    let mut server = large_pool();
-    let mut client = server.connect();
-    let before = leases(&mut client);
+    let (mut server, mut client, before) = large_pool();
     let holder = numbered_key(0);
     let asked = commands(&holder);
     let mut all: Vec<&[&str]> = vec![&["MPOOL.PANIC"]];
@@ -444,9 +442,7 @@ fn a_large_keyspace_is_read_in_portions_after_a_panic() {
 
 #[test]
 fn commands_that_follow_a_swap_in_its_transaction_are_refused() {
-    let server = large_pool();
-    let mut client = server.connect();
-    let before = leases(&mut client);
+    let (_server, mut client, before) = large_pool();
     client.ok(&["SWAPDB", "0", "1"]);
     let holder = numbered_key(0);
     let acquire = ["MPOOL.ACQUIRE", &holder, "1755266400000"];
@@ -500,9 +496,7 @@ fn commands_that_follow_a_swap_in_its_transaction_are_refused() {
 
 #[test]
 fn what_happens_while_the_keyspace_is_read_is_acted_upon_after_that() {
-    let server = large_pool();
-    let mut client = server.connect();
-    let before = leases(&mut client);
+    let (server, mut client, before) = large_pool();
     let names: Vec<String> = (0..6)
         .map(|number| format!("key_rotation:{}", numbered_key(number)))
         .collect();
@@ -600,9 +594,7 @@ fn what_happens_while_the_keyspace_is_read_is_acted_upon_after_that() {
 
 #[test]
 fn another_keyspace_while_one_is_read_begins_it_anew() {
-    let mut server = large_pool();
-    let mut client = server.connect();
-    let before = leases(&mut client);
+    let (mut server, mut client, before) = large_pool();
     let holder = numbered_key(0);
     let acquire = ["MPOOL.ACQUIRE", &holder, "1755266400000"];
     let swap = ["SWAPDB", "0", "1"];
@@ -658,9 +650,8 @@ fn another_keyspace_while_one_is_read_begins_it_anew() {
 
 #[test]
 fn a_repair_that_is_asked_for_while_the_keyspace_is_read_waits_for_it() {
-    let server = large_pool();
-    let (mut client, mut other) = (server.connect(), server.connect());
-    let before = leases(&mut client);
+    let (server, mut client, before) = large_pool();
+    let mut other = server.connect();
     client.ok(&["SWAPDB", "0", "1"]);
     let replies = at_one_blow(
         &mut client,
@@ -704,9 +695,7 @@ fn repaired_view(client: &mut Client) -> i64 {
 
 #[test]
 fn the_keyspace_is_read_while_clients_are_paused() {
-    let server = large_pool();
-    let mut client = server.connect();
-    let before = leases(&mut client);
+    let (_server, mut client, before) = large_pool();
     client.ok(&["SWAPDB", "0", "1"]);
     let replies = at_one_blow(
         &mut client,
@@ -730,9 +719,7 @@ fn the_keyspace_is_read_while_clients_are_paused() {
 
 #[test]
 fn the_module_can_go_while_the_keyspace_is_read() {
-    let mut server = large_pool();
-    let mut client = server.connect();
-    let before = leases(&mut client);
+    let (mut server, mut client, before) = large_pool();
     for _ in 0..3 {
         client.ok(&["SWAPDB", "0", "1"]);
         let replies = at_one_blow(
@@ -766,9 +753,7 @@ fn lent(client: &mut Client) -> Vec<String> {
 
 #[test]
 fn a_replica_reads_its_keyspace_and_is_promoted_meanwhile() {
-    let primary = large_pool();
-    let mut client = primary.connect();
-    let before = leases(&mut client);
+    let (primary, mut client, before) = large_pool();
     for writable in ["no", "yes"] {
         let options = Options::default().accounts(&ACCOUNTS);
         let mut replica = options
