@@ -252,9 +252,10 @@ pub struct ClientIo<S> {
     clean: bool,
     /// Whether a request has been under way since the connection was last idle.
     was_active: bool,
-    idle_since: Instant,
-    /// When a head began to come, since the connection is idle.
-    head_since: Option<Instant>,
+    /// Whether a head has begun to come, since the connection is idle.
+    in_head: bool,
+    /// Since when more of that, or its beginning, is waited for.
+    waiting_since: Option<Instant>,
     scan: HeadScan,
     /// Whether the library reads, so that it sees a client go.
     reading: bool,
@@ -272,7 +273,6 @@ pub struct ClientIo<S> {
 
 impl<S: Transport> ClientIo<S> {
     pub fn new(inner: S, is_http2: bool, exchange: Arc<Exchange>, bounds: Arc<Bounds>) -> Self {
-        let now = Instant::now();
         Self {
             inner,
             exchange,
@@ -281,8 +281,8 @@ impl<S: Transport> ClientIo<S> {
             noted: 0,
             clean: true,
             was_active: false,
-            idle_since: now,
-            head_since: None,
+            in_head: false,
+            waiting_since: None,
             scan: HeadScan::default(),
             reading: false,
             lookout: None,
@@ -311,7 +311,7 @@ impl<S: Transport> ClientIo<S> {
             self.noted = requests;
             self.clean = false;
             self.was_active = true;
-            self.head_since = None;
+            self.in_head = false;
             self.reading = false;
         }
     }
@@ -336,16 +336,14 @@ impl<S: Transport> ClientIo<S> {
             let _ = self.patience.poll(Instant::now() + next, cx);
             return Poll::Pending;
         }
-        match self.head_since {
-            Some(since) => self
-                .patience
-                .poll(since + self.bounds.header, cx)
-                .map(|()| true),
-            None => self
-                .patience
-                .poll(self.idle_since + self.bounds.keepalive, cx)
-                .map(|()| false),
-        }
+        let bound = if self.in_head {
+            self.bounds.header
+        } else {
+            self.bounds.keepalive
+        };
+        let since = *self.waiting_since.get_or_insert_with(Instant::now);
+        let in_head = self.in_head;
+        self.patience.poll(since + bound, cx).map(|()| in_head)
     }
 
     fn answer(&mut self, code: Code) {
@@ -474,7 +472,7 @@ impl<S: Transport> AsyncRead for ClientIo<S> {
         if let Poll::Ready(read) = Pin::new(&mut this.inner).poll_read(cx, buffer) {
             let came = buffer.filled().get(before..).unwrap_or_default();
             if !came.is_empty() && this.is_idle() {
-                if this.head_since.is_none() {
+                if !this.in_head {
                     this.scan = HeadScan::default();
                 }
                 let length = this.scan.sees(came);
@@ -482,9 +480,10 @@ impl<S: Transport> AsyncRead for ClientIo<S> {
                     .may_have_length
                     .store(length, Ordering::Relaxed);
             }
-            if !came.is_empty() && this.head_since.is_none() && this.is_idle() {
-                // In HTTP/2 what comes between requests need not be a head.
-                this.head_since = (!this.is_http2).then(Instant::now);
+            // In HTTP/2 what comes between requests need not be a head.
+            if !came.is_empty() && !this.in_head && !this.is_http2 && this.is_idle() {
+                this.in_head = true;
+                this.waiting_since = None;
             }
             this.reading = false;
             return Poll::Ready(read);
@@ -549,7 +548,7 @@ impl<S: Transport> AsyncWrite for ClientIo<S> {
         let idle = this.is_idle();
         if idle && this.was_active {
             this.was_active = false;
-            this.idle_since = Instant::now();
+            this.waiting_since = None;
         }
         if !idle && !this.reading && this.poll_gone(cx).is_ready() {
             return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));

@@ -84,9 +84,13 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) -> bool {
     takes_trailers
 }
 
-/// Told by the text, as most names are of other lengths.
+/// Whether a name is one of [`HOP_BY_HOP`]. Told by the text, as most names are of
+/// other lengths.
 fn is_hop_by_hop(name: &HeaderName) -> bool {
-    HOP_BY_HOP.iter().any(|own| own.as_str() == name.as_str())
+    matches!(
+        name.as_str(),
+        "connection" | "proxy-connection" | "keep-alive" | "te" | "transfer-encoding" | "upgrade"
+    )
 }
 
 fn is_keep_alive(headers: &HeaderMap) -> bool {

@@ -174,7 +174,7 @@ impl Proxy {
                 log_lease(&grant);
                 grant
             }
-            look => self.acquire(&key, look).await?,
+            look => self.acquire(&key, look, report.started()).await?,
         };
         Ok((grant, key))
     }
@@ -182,11 +182,10 @@ impl Proxy {
     /// The account for a key, as Redis has it now.
     async fn ask(&self, key: &str) -> Result<Grant, Own> {
         self.lender.forget(key);
-        self.acquire(key, Look::Ask).await
+        self.acquire(key, Look::Ask, Instant::now()).await
     }
 
-    async fn acquire(&self, key: &str, look: Look) -> Result<Grant, Own> {
-        let asked = Instant::now();
+    async fn acquire(&self, key: &str, look: Look, asked: Instant) -> Result<Grant, Own> {
         let outcome = self.lender.acquire(key, look).await;
         self.metrics.acquire.observe(asked.elapsed().as_secs_f64());
         match outcome {

@@ -80,7 +80,8 @@ pub struct Relay {
     live: Live,
     report: Report,
     silence: Duration,
-    last: Instant,
+    /// Since when nothing has come; nothing where that is not waited for.
+    silent_since: Option<Instant>,
     patience: Patience,
     /// Bytes yet to come, where that is known.
     left: Option<u64>,
@@ -199,7 +200,7 @@ impl Relay {
             live,
             report,
             silence: bounds.silence,
-            last: Instant::now(),
+            silent_since: None,
             patience: Patience::new(),
             left,
         };
@@ -210,7 +211,8 @@ impl Relay {
     }
 
     fn poll_silence(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
-        ready!(self.patience.poll(self.last + self.silence, cx));
+        let since = *self.silent_since.get_or_insert_with(Instant::now);
+        ready!(self.patience.poll(since + self.silence, cx));
         self.report.ended(End::UpstreamSilent);
         Poll::Ready(Some(Err(Broken::Silent)))
     }
@@ -227,7 +229,7 @@ impl Body for Relay {
         let this = self.get_mut();
         match this.live.poll_frame(cx) {
             Poll::Ready(Some(Ok(mut frame))) => {
-                this.last = Instant::now();
+                this.silent_since = None;
                 if let Some(trailers) = frame.trailers_mut() {
                     headers::strip_trailers(trailers);
                     trailers.remove(CODE_HEADER);

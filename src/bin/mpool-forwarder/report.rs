@@ -76,6 +76,11 @@ impl Report {
         }
     }
 
+    /// When its head had come.
+    pub const fn started(&self) -> Instant {
+        self.started
+    }
+
     /// Whose request it is.
     pub fn key(&mut self, key: &[u8]) {
         if lines_are_wanted() {
