@@ -188,13 +188,13 @@ pub fn clock() -> i64 {
 }
 
 impl Lender {
-    /// The account for a key, if it need not be asked for: [`Look::Lease`].
-    pub fn look(&self, key: &str) -> Look {
+    /// The account for a key at `now`, if it need not be asked for: [`Look::Lease`].
+    pub fn look(&self, key: &str, now: Instant) -> Look {
         let known = &self.link.known;
         if !known.is_wanted() {
             return Look::Ask;
         }
-        known.look(key, Instant::now(), clock())
+        known.look(key, now, clock())
     }
 
     /// Have Redis asked for this key the next time.

@@ -168,7 +168,7 @@ impl Proxy {
             return Err(Code::BodyTooLarge.into());
         }
         let key: Box<str> = lender::client_key(key).ok_or(Code::NoKey)?.into();
-        let grant = match self.lender.look(&key) {
+        let grant = match self.lender.look(&key, report.started()) {
             Look::Lease(grant) => {
                 self.metrics.known.inc();
                 log_lease(&grant);
