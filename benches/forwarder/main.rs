@@ -18,7 +18,8 @@
 //! Run it with `make bench`. In the environment:
 //! - `MPOOL_BENCH_SECONDS`: how long one measurement takes (2); LiteLLM's twice that and more
 //! - `MPOOL_BENCH_ROUNDS`: 5
-//! - `MPOOL_BENCH_THREADS`: threads of each proxy (1)
+//! - `MPOOL_BENCH_THREADS`: threads of each proxy: `1` and the number of processors, with `,` between them.
+//!   With several, one connection is left out; LiteLLM is measured with the first of these numbers alone.
 //! - `MPOOL_BENCH_CONNECTIONS`: `1,64,512`
 //! - `MPOOL_BENCH_PACE`: ms between two events of a stream (0: one after the other)
 //! - `MPOOL_BENCH_ONLY`: some of straight, nginx, HAProxy, forwarder, LiteLLM, …
@@ -147,6 +148,8 @@ impl Target {
 
 /// All that is needed to put load on something and see what it costs.
 struct Bench {
+    /// Of each proxy.
+    threads: usize,
     seconds: u32,
     key: String,
     folder: TempDir,
@@ -156,70 +159,86 @@ struct Bench {
 }
 
 fn main() {
-    let threads: usize = setting("THREADS", 1);
-    let rounds: usize = setting("ROUNDS", 5);
-    let connections: String = setting("CONNECTIONS", "1,64,512".to_owned());
-    let connections: Vec<u32> = connections
-        .split(',')
-        .map(|count| count.parse().expect("MPOOL_BENCH_CONNECTIONS is wrong"))
-        .collect();
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut threads: Vec<usize> = list("THREADS", format!("1,{processors}"));
+    threads.dedup();
+    let connections: Vec<u32> = list("CONNECTIONS", "1,64,512".to_owned());
 
     let names: Vec<String> = (0..10).map(|n| format!("account-{n}")).collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
     let redis: Server = Options::default().accounts(&names).start();
-    let mut client = redis.connect();
-    let key = client.pool_key();
+    let key = redis.connect().pool_key();
     let pace: u64 = setting("PACE", 0);
     let upstream = upstream::start(Duration::from_millis(pace));
 
     let only: String = setting("ONLY", String::new());
-    let is_wanted = |name: &str| only.is_empty() || only.split(',').any(|word| word == name);
-    let proxies = start(&key, threads, &redis, upstream, is_wanted);
-    let mut targets: Vec<Target> = proxies
-        .iter()
-        .map(|(proxy, is_ours)| Target {
-            is_ours: *is_ours,
-            ..Target::new(&proxy.name, proxy.port, proxy.pids())
-        })
-        .collect();
-    if is_wanted(STRAIGHT) {
-        targets.insert(0, Target::new(STRAIGHT, upstream, vec![]));
-    }
-    assert!(
-        !targets.is_empty(),
-        "MPOOL_BENCH_ONLY names nothing that is measured"
-    );
-
     let mut page = Page::new("Forwarder", &versions());
-    let mut bench = Bench {
-        seconds: setting("SECONDS", 2),
-        key,
-        folder: tempfile::tempdir().unwrap(),
-        redis: redis.pid(),
-        client,
-        targets,
-    };
+    let seconds: u32 = setting("SECONDS", 2);
+    let rounds: usize = setting("ROUNDS", 5);
     page.table(format!(
-        "threads of each: {threads}; streams of {} events, {pace} ms between two; medians of {rounds} rounds of {} s (least-most)",
+        "streams of {} events, {pace} ms between two; medians of {rounds} rounds of {seconds} s (least-most)",
         upstream::EVENTS,
-        bench.seconds
     ));
     page.line("the forwarder's throughput and CPU time per request as parts of nginx's, its added p99 as part of nginx's added p99, its throughput as multiple of LiteLLM's");
-    if is_wanted(LITELLM) {
-        page.line(match proxies::venv() {
-            Some(_) => "LiteLLM with its master key instead of virtual keys: it looks none up in a database",
-            None => "LiteLLM is not measured: scripts/install-deps could not install it",
-        });
-    }
-    for kind in [Kind::Short, Kind::Stream] {
-        for &count in &connections {
-            progress(&format!("forwarder: {}, {count} connections", kind.name()));
-            bench.rounds(kind, count, rounds);
-            bench.print_table(&mut page, kind, count);
+    for (pass, &threads) in threads.iter().enumerate() {
+        let is_wanted = |name: &str| {
+            (only.is_empty() || only.split(',').any(|word| word == name))
+                && (pass == 0 || name != LITELLM)
+        };
+        let proxies = start(&key, threads, &redis, upstream, is_wanted);
+        let mut targets: Vec<Target> = proxies
+            .iter()
+            .map(|(proxy, is_ours)| Target {
+                is_ours: *is_ours,
+                ..Target::new(&proxy.name, proxy.port, proxy.pids())
+            })
+            .collect();
+        if is_wanted(STRAIGHT) {
+            targets.insert(0, Target::new(STRAIGHT, upstream, vec![]));
         }
+        assert!(
+            !targets.is_empty() || pass > 0,
+            "MPOOL_BENCH_ONLY names nothing that is measured"
+        );
+        if targets.is_empty() {
+            break;
+        }
+        if is_wanted(LITELLM) {
+            page.line(match proxies::venv() {
+                Some(_) => "LiteLLM with its master key instead of virtual keys: it looks none up in a database",
+                None => "LiteLLM is not measured: scripts/install-deps could not install it",
+            });
+        }
+        let mut bench = Bench {
+            threads,
+            seconds,
+            key: key.clone(),
+            folder: tempfile::tempdir().unwrap(),
+            redis: redis.pid(),
+            client: redis.connect(),
+            targets,
+        };
+        for kind in [Kind::Short, Kind::Stream] {
+            for &count in connections
+                .iter()
+                .filter(|count| **count > 1 || threads == 1)
+            {
+                progress(&format!("forwarder: {}", bench.load(kind, count)));
+                bench.rounds(kind, count, rounds);
+                bench.print_table(&mut page, kind, count);
+            }
+        }
+        bench.print_memory(&mut page);
     }
-    bench.print_memory(&mut page);
     page.save();
+}
+
+/// Numbers with `,` between them.
+fn list<T: std::str::FromStr>(name: &str, otherwise: String) -> Vec<T> {
+    let text: String = setting(name, otherwise);
+    let numbers = text.split(',').map(|number| number.parse().ok());
+    let numbers: Option<Vec<T>> = numbers.collect();
+    numbers.unwrap_or_else(|| panic!("MPOOL_BENCH_{name} is wrong: numbers with , between them"))
 }
 
 /// What is to be measured, and whether it is ours.
@@ -278,6 +297,15 @@ fn versions() -> Vec<String> {
 }
 
 impl Bench {
+    /// What is measured.
+    fn load(&self, kind: Kind, connections: u32) -> String {
+        let threads = match self.threads {
+            1 => String::new(),
+            more => format!(", {more} threads each"),
+        };
+        format!("{}, {connections} connections{threads}", kind.name())
+    }
+
     /// Fills each target's samples, an entry a round.
     fn rounds(&mut self, kind: Kind, connections: u32, rounds: usize) {
         let count = self.targets.len();
@@ -446,9 +474,9 @@ impl Bench {
         for title in COLUMNS {
             line += &format!("{title:>22}");
         }
+        let load = self.load(kind, connections);
         page.table(format!(
-            "{}, all but the first line's times as added to it",
-            kind.name()
+            "{load}; all but the first line's times as added to it"
         ));
         page.table(line);
         let straight = self.target(STRAIGHT);
@@ -476,11 +504,7 @@ impl Bench {
         }
         for target in self.targets.iter().filter(|target| target.is_ours) {
             let bars = self.bars(target).join(", ");
-            page.line(format!(
-                "  {}, {connections} connections, {}: {bars}",
-                kind.name(),
-                target.name
-            ));
+            page.line(format!("  {load}, {}: {bars}", target.name));
         }
     }
 
