@@ -5,6 +5,7 @@
 use crate::ffi;
 use crate::node::{self, Node};
 use crate::pool::Pool;
+use crate::portions;
 use crate::rebuild::{self, Files};
 use crate::store::{self, PoolKey};
 use redis_module::logging::RedisLogLevel;
@@ -66,12 +67,14 @@ fn role_changed(_ctx: &Context, role: ServerRole) {
     });
 }
 
-fn loading(_ctx: &Context, event: LoadingSubevent) {
-    if matches!(event, LoadingSubevent::Ended | LoadingSubevent::Failed) {
-        ffi::guarded("the loading event", || {
+fn loading(ctx: &Context, event: LoadingSubevent) {
+    ffi::guarded("the loading event", || match event {
+        LoadingSubevent::Ended | LoadingSubevent::Failed => {
+            portions::give_back(ctx);
             node::with_watcher(crate::accounts::Watcher::wake);
-        });
-    }
+        }
+        _ => portions::shrink(ctx),
+    });
 }
 
 #[linkme::distributed_slice(ROLE_CHANGED_SERVER_EVENTS_LIST)]

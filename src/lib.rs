@@ -10,6 +10,7 @@
 //! - [`node`]: the one pool of this server
 //! - [`background`]: the watcher's way into the pool
 //! - [`rebuild`]: a view made anew beside the one there is
+//! - [`portions`]: smaller portions while Redis loads its data
 //! - [`farewell`]: connections that the server can't keep without the module
 //! - [`settings`], [`info`], [`errors`]: what operators set, watch and meet
 //! - [`ffi`]: the only unsafe code
@@ -43,6 +44,7 @@ mod ffi;
 mod info;
 mod node;
 mod pool;
+mod portions;
 mod rebuild;
 mod settings;
 mod store;

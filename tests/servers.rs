@@ -833,6 +833,151 @@ fn while_a_server_is_loading_it_says_so() {
     assert!(server.is_alive());
 }
 
+const PORTION: &str = "loading-process-events-interval-bytes";
+
+/// A server whose data is less than one of the portions between which it answers
+/// clients by its defaults, and takes a while to load.
+fn slow_loader(args: &[&str]) -> Options {
+    let slow = ["--rdbcompression", "no", "--key-load-delay", "500"];
+    pool().server(&slow).server(args)
+}
+
+fn fill(client: &mut Client) {
+    client.ok(&["DEBUG", "POPULATE", "1000", "filler", "300"]);
+}
+
+fn portion(client: &mut Client) -> String {
+    let [_, value]: [String; 2] = client.run(&["CONFIG", "GET", PORTION]);
+    value
+}
+
+fn is_loading(client: &mut Client) -> bool {
+    client.info("persistence", "loading") == "1"
+}
+
+/// What a client is told between portions of the load that the work comes to.
+fn while_loading<T: Send>(
+    other: &mut Client,
+    work: impl FnOnce() + Send,
+    mut ask: impl FnMut(&mut Client) -> T + Send,
+) -> Option<T> {
+    std::thread::scope(|scope| {
+        let working = scope.spawn(work);
+        let mut told = None;
+        while !working.is_finished() && told.is_none() {
+            if is_loading(other) {
+                told = Some(ask(other));
+            }
+        }
+        told
+    })
+}
+
+#[test]
+fn clients_are_answered_while_less_than_a_portion_of_the_servers_is_loaded() {
+    for args in [&[][..], &["--appendonly", "yes"]] {
+        let mut server = slow_loader(args).start();
+        let mut client = server.connect();
+        let keys = populate(&mut client);
+        fill(&mut client);
+        let digest = client.traces().0;
+        let before = portion(&mut client);
+        let save = if args.is_empty() {
+            ["SAVE"]
+        } else {
+            ["BGREWRITEAOF"]
+        };
+        client.run::<Value>(&save);
+        wait_for("the data to be written", || {
+            let state = client.info("persistence", "aof_rewrite_in_progress");
+            (state == "0").then_some(())
+        });
+        server.kill();
+        // Its launch asks INFO until nothing is left to be loaded.
+        server.launch();
+        let mut client = server.connect();
+        let asked = client.info("commandstats", "cmdstat_info");
+        assert!(!asked.starts_with("calls=1,"), "{args:?}: {asked}");
+        assert_eq!(portion(&mut client), before, "{args:?}");
+        check_populated(&mut client, &keys, &digest);
+    }
+}
+
+#[test]
+fn a_portion_of_the_operators_choice_is_kept() {
+    let server = slow_loader(&[]).start();
+    let mut client = server.connect();
+    populate(&mut client);
+    fill(&mut client);
+    let mut other = server.connect();
+    // It is one of the module's while the server loads, unless it was less.
+    for (before, meanwhile) in [
+        ("2097152", "32768"),
+        ("65536", "32768"),
+        ("32768", "32768"),
+        ("8192", "8192"),
+    ] {
+        client.ok(&["CONFIG", "SET", PORTION, before]);
+        let reload = || client.ok(&["DEBUG", "RELOAD"]);
+        let seen = while_loading(&mut other, reload, portion);
+        assert_eq!(seen.as_deref(), Some(meanwhile));
+        assert_eq!(portion(&mut client), before);
+    }
+    // What is set while it loads is kept as well.
+    client.ok(&["CONFIG", "SET", PORTION, "2097152"]);
+    let reload = || client.ok(&["DEBUG", "RELOAD"]);
+    let set = |other: &mut Client| other.ok(&["CONFIG", "SET", PORTION, "16384"]);
+    assert!(while_loading(&mut other, reload, set).is_some());
+    assert_eq!(portion(&mut client), "16384");
+    client.check_repair();
+}
+
+#[test]
+fn a_replicas_portion_is_its_own_again_whatever_its_load_comes_to() {
+    let mut primary = slow_loader(&[]).start();
+    let mut client = primary.connect();
+    populate(&mut client);
+    // More than what is on its way between the two at a time.
+    client.ok(&["DEBUG", "POPULATE", "1000", "filler", "30000"]);
+    // Emptied, it stays so, and loads what comes from the primary as it comes.
+    let replica = Options {
+        accounts: Vec::new(),
+        ..slow_loader(&["--repl-diskless-load", "on-empty-db"])
+    }
+    .start();
+    let mut other = replica.connect();
+    let before = portion(&mut other);
+    let port = primary.port.to_string();
+    for fails in [false, true] {
+        other.ok(&["REPLICAOF", "NO", "ONE"]);
+        other.ok(&["FLUSHALL"]);
+        other.ok(&["REPLICAOF", primary.host(), &port]);
+        wait_for("the replica to load", || {
+            is_loading(&mut other).then_some(())
+        });
+        assert_eq!(portion(&mut other), "32768");
+        if fails {
+            primary.kill();
+        }
+        wait_for("the load's end", || (!is_loading(&mut other)).then_some(()));
+        assert_eq!(portion(&mut other), before);
+        assert_eq!(other.run::<u64>(&["DBSIZE"]) == 0, fails);
+    }
+}
+
+#[test]
+fn a_server_without_config_loads_as_well() {
+    let mut server = slow_loader(&["--rename-command", "CONFIG", ""]).start();
+    let mut client = server.connect();
+    let keys = populate(&mut client);
+    let digest = client.traces().0;
+    client.ok(&["SAVE"]);
+    server.kill();
+    server.launch();
+    check_populated(&mut server.connect(), &keys, &digest);
+    assert!(!server.log().contains("panic"), "{}", server.log());
+}
+
 #[test]
 fn a_writable_replica_lives_on() {
     let primary = pool().start();

@@ -1,0 +1,56 @@
+//! Smaller portions while Redis loads its data. It answers its clients between
+//! portions of so many bytes, and with the module these take longer, as each key is
+//! read once more: so they are made smaller by the server's own setting, which is
+//! given back at the load's end. The keyspace is left alone.
+
+use redis_module::{CallOptionsBuilder, CallReply, CallResult, Context};
+use std::sync::{Mutex, PoisonError};
+
+const SETTING: &str = "loading-process-events-interval-bytes";
+/// What the setting is while Redis loads, in bytes, unless it is less: a
+/// millisecond's work or so.
+const PORTION: u64 = 32 * 1024;
+
+/// What it was before the load that is under way.
+static BEFORE: Mutex<Option<u64>> = Mutex::new(None);
+
+/// At a load's beginning.
+pub(crate) fn shrink(ctx: &Context) {
+    let Some(size) = size(ctx).filter(|size| *size > PORTION) else {
+        return;
+    };
+    if set(ctx, PORTION) {
+        *BEFORE.lock().unwrap_or_else(PoisonError::into_inner) = Some(size);
+    }
+}
+
+/// At its end, whatever that was.
+pub(crate) fn give_back(ctx: &Context) {
+    let before = BEFORE.lock().unwrap_or_else(PoisonError::into_inner).take();
+    // What somebody else has set meanwhile is to stay.
+    if let Some(before) = before
+        && size(ctx) == Some(PORTION)
+    {
+        set(ctx, before);
+    }
+}
+
+/// None where CONFIG has another name, or none.
+fn size(ctx: &Context) -> Option<u64> {
+    let options = CallOptionsBuilder::new().errors_as_replies().build();
+    let told: CallResult<'_> = ctx.call_ext("CONFIG", &options, &["GET", SETTING]);
+    let Ok(CallReply::Array(told)) = told else {
+        return None;
+    };
+    match told.get(1)? {
+        Ok(CallReply::String(size)) => size.to_string()?.parse().ok(),
+        _ => None,
+    }
+}
+
+fn set(ctx: &Context, size: u64) -> bool {
+    let options = CallOptionsBuilder::new().errors_as_replies().build();
+    let size = size.to_string();
+    let done: CallResult<'_> = ctx.call_ext("CONFIG", &options, &["SET", SETTING, &size]);
+    done.is_ok()
+}
