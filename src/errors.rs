@@ -14,7 +14,8 @@ pub(crate) enum Failure {
     /// The caller's `now` is too far from this server's clock. What would be
     /// accepted at this moment, in unix ms, both ends included.
     ClockSkew { from: i64, to: i64 },
-    /// The view is being made from the keyspace; nothing can be answered until then.
+    /// The view is being made from the keyspace, or account files have yet to come
+    /// in; nothing can be answered until then.
     Loading,
     /// An argument isn't what the command takes; the text says what is.
     Syntax(&'static str),
@@ -83,7 +84,7 @@ impl fmt::Display for Failure {
                     "CLOCKSKEW now is too far from this server's clock; accepted is {from} to {to}, or * for that clock"
                 );
             }
-            Self::Loading => "LOADING mpool is reading the keyspace; try again shortly",
+            Self::Loading => "LOADING mpool is reading the keyspace or the account files; try again shortly",
             Self::Syntax(expected) => return write!(f, "ERR {expected}"),
             Self::WrongType => "WRONGTYPE a key of the pool holds another type of value than it should",
             Self::OutOfMemory => "OOM command not allowed when used memory > 'maxmemory'.",

@@ -879,6 +879,27 @@ pub(crate) fn processor_time() -> Duration {
     Duration::new(seconds, u32::try_from(time.tv_nsec).unwrap_or_default())
 }
 
+/// Whether anybody is connected: while the server starts nobody is, and whoever
+/// loads the module later is.
+pub(crate) fn has_clients(ctx: &Context) -> bool {
+    // SAFETY: plain calls with a live context; what the first gives is freed by
+    // the last, and the names are strings that outlive the calls.
+    unsafe {
+        let (Some(ask), Some(field), Some(free)) = (
+            raw::RedisModule_GetServerInfo,
+            raw::RedisModule_ServerInfoGetFieldUnsigned,
+            raw::RedisModule_FreeServerInfo,
+        ) else {
+            return false;
+        };
+        let info = ask(ctx.ctx, c"clients".as_ptr());
+        let mut missing = 0;
+        let count = field(info, c"connected_clients".as_ptr(), &raw mut missing);
+        free(ctx.ctx, info);
+        missing == 0 && count > 0
+    }
+}
+
 /// Whether Redis asks that nothing be written without a client's wish: clients
 /// are paused, for a failover say, and a write would abort the server.
 pub(crate) fn must_not_write() -> bool {

@@ -88,6 +88,11 @@ fn load(ctx: &Context, args: &[RedisString]) -> Status {
     }
 }
 
+/// Account files that are read at once when the module is loaded into a running
+/// server: well within the 2 ms that no stall may exceed (benches/stalls.rs).
+/// More of them are the watcher's.
+const FILES_AT_ONCE: usize = 64;
+
 fn start(ctx: &Context, args: &[RedisString]) -> Result<(), &'static str> {
     ffi::open_detached(ctx);
     ffi::log_panics();
@@ -102,14 +107,23 @@ fn start(ctx: &Context, args: &[RedisString]) -> Result<(), &'static str> {
     ffi::subscribe(ctx)?;
 
     let mut scanner = accounts::Scanner::new(settings::account_dir());
-    let found = scanner.full(std::time::Instant::now());
+    // While the server starts, nobody is kept waiting, and its first command is
+    // to find the accounts.
+    let later = ffi::has_clients(ctx) && scanner.is_larger_than(FILES_AT_ONCE);
+    let found = (!later).then(|| scanner.full(std::time::Instant::now()));
     let pool = pool::Pool::new(settings::slots_per_account(), settings::rotation_ms());
     let mut node = node::Node::new(
         pool,
         settings::choice(),
         flags.contains(ContextFlags::MASTER),
     );
-    if !found.readable.contains(&true) {
+    let readable = found.map(|found| {
+        for change in found.changes {
+            background::enter(&mut node, change);
+        }
+        found.readable
+    });
+    if readable.is_some_and(|readable| !readable.contains(&true)) {
         ffi::log(
             RedisLogLevel::Warning,
             "account-dir has no readable folder medium, high or supreme yet",
@@ -118,15 +132,18 @@ fn start(ctx: &Context, args: &[RedisString]) -> Result<(), &'static str> {
     for warning in accounts::warnings_of_exposed(&scanner.take_exposed()) {
         ffi::log(RedisLogLevel::Warning, &warning);
     }
-    for change in found.changes {
-        background::enter(&mut node, change);
-    }
     node::install(Some(node));
+    node::await_files(later);
     ffi::open_bell()?;
     // Loaded into a running server, the keyspace is there already.
     node::suspect();
     rebuild::renew(ctx, rebuild::Files::AtOnce).map_err(|_| "the keyspace can't be read")?;
-    let _ = node::with(|node| background::trust(node, found.readable));
+    if let Some(readable) = readable {
+        let _ = node::with(|node| background::trust(node, readable));
+    } else {
+        let message = "reading the account files; until that is done, commands answer LOADING";
+        ffi::log(RedisLogLevel::Notice, message);
+    }
     events::warn_of_eviction(ctx);
 
     let watcher = accounts::Watcher::start(scanner, background::open())
@@ -150,6 +167,7 @@ fn unload(ctx: &Context) -> Status {
             return Status::Err;
         }
         node::install(None);
+        node::await_files(false);
         node::forget_arrivals();
         store::forget();
         farewell::close_connections(ctx);

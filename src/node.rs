@@ -103,7 +103,7 @@ impl Node {
     /// Tells both what the keyspace says; but a pool that is to be replaced may be
     /// of another keyspace, or broken: of that one, the account files alone count.
     pub(crate) fn observe(&mut self, observation: &Observation<'_>) {
-        if is_ready() {
+        if is_current() {
             observation.enter(&mut self.pool);
         }
         if let Some(pool) = self.rebuild.as_mut().and_then(Rebuild::pool) {
@@ -153,9 +153,9 @@ impl Node {
 static NODE: Mutex<Option<Node>> = Mutex::new(None);
 static WATCHER: Mutex<Option<Watcher>> = Mutex::new(None);
 
-/// What the view is good for; the next three.
+/// What the view says of the keyspace; the next three.
 static STATE: AtomicU8 = AtomicU8::new(READY);
-/// It says what the keyspace says.
+/// The same.
 const READY: u8 = 0;
 /// It is being made anew, a portion at a time. Until that is done nobody answers
 /// from it or acts on it.
@@ -163,6 +163,9 @@ const READING: u8 = 1;
 /// It has to be made anew: another keyspace is there, or a panic cut a change of
 /// it short.
 const SUSPECT: u8 = 2;
+/// Account files have yet to come in, as at a load into a running server: until
+/// they have, nobody answers from the view or acts on it either.
+static AWAITS_FILES: AtomicBool = AtomicBool::new(false);
 
 /// Does something with the node. It must not call Redis meanwhile.
 pub(crate) fn with<R>(run: impl FnOnce(&mut Node) -> R) -> Result<R, Failure> {
@@ -219,14 +222,28 @@ pub(crate) fn is_reading() -> bool {
     STATE.load(Ordering::Relaxed) == READING
 }
 
-/// The view is what the keyspace says.
+/// The view says what the keyspace says.
 pub(crate) fn set_ready() {
     STATE.store(READY, Ordering::Relaxed);
 }
 
+/// Whether the view says what the keyspace says, whatever it knows of the files.
+pub(crate) fn is_current() -> bool {
+    STATE.load(Ordering::Relaxed) == READY
+}
+
+/// Have nothing answered before all account files have been looked at.
+pub(crate) fn await_files(wait: bool) {
+    AWAITS_FILES.store(wait, Ordering::Relaxed);
+}
+
+pub(crate) fn awaits_files() -> bool {
+    AWAITS_FILES.load(Ordering::Relaxed)
+}
+
 /// Whether the view may be answered from and acted on.
 pub(crate) fn is_ready() -> bool {
-    STATE.load(Ordering::Relaxed) == READY
+    is_current() && !awaits_files()
 }
 
 /// This server's clock, in unix ms.
@@ -306,6 +323,10 @@ pub(crate) fn take_in() -> Result<bool, Failure> {
         HAS_ARRIVALS.store(!arrivals.is_empty(), Ordering::Release);
         (news, !arrivals.is_empty())
     };
+    // First of all: nothing that goes wrong here may have them awaited for ever.
+    if news.iter().any(|news| matches!(news, Arrival::Looked(_))) {
+        await_files(false);
+    }
     with(|node| {
         for arrival in news {
             match arrival {

@@ -172,7 +172,7 @@ pub(crate) fn renew(ctx: &Context, files: Files) -> Result<(), Failure> {
     })?;
     let end = ffi::processor_time() + BUDGET;
     while matches!(step(ctx), Ok(true)) && ffi::processor_time() < end {}
-    if !node::is_ready() {
+    if !node::is_current() {
         let message = "reading the keyspace; until that is done, commands answer LOADING";
         ffi::log(RedisLogLevel::Notice, message);
     }

@@ -250,7 +250,8 @@ fn repairs_that_are_asked_for_at_once_are_all_answered() {
 /// Enough keys that they are not read at once, however fast.
 const MANY: usize = 30_000;
 /// What `refused` says of a view that is still being made.
-const NOT_READY: &str = "LOADING mpool is reading the keyspace; try again shortly";
+const NOT_READY: &str =
+    "LOADING mpool is reading the keyspace or the account files; try again shortly";
 
 /// A pool of many keys, six of them with a lease, in database 0; a client of its
 /// server, and those leases.
@@ -741,6 +742,121 @@ fn the_module_can_go_while_the_keyspace_is_read() {
     client.wait_until_ready();
     check_pool(&mut client, &before);
     assert!(server.is_alive());
+}
+
+/// More account files than are read at once, or brought in by a few commands.
+const MANY_FILES: usize = 2_000;
+const READS_FILES: &str = "reading the account files; until that is done";
+
+/// A pool of many accounts, six of them lent; a client of its server, and those
+/// leases.
+fn pool_of_many_files() -> (Server, Client, Vec<Lease>) {
+    let options = (0..MANY_FILES).fold(Options::default(), |options, number| {
+        options.file(&format!("medium/f{number}"), &bearer("f"))
+    });
+    let server = options.start();
+    let mut client = server.connect();
+    client.register(6);
+    let before = leases(&mut client);
+    wait_for("a counter of each account", || {
+        (client.run::<usize>(&["DBSIZE"]) == MANY_FILES + 2 * 6).then_some(())
+    });
+    (server, client, before)
+}
+
+#[test]
+fn many_account_files_are_read_beside_a_running_server() {
+    let (mut server, mut client, before) = pool_of_many_files();
+    // A server that starts answers nobody anyway, and then has them all.
+    assert!(!server.log().contains(READS_FILES));
+    client.unload();
+    let mut client = server.connect();
+    let load = server.load_words();
+    let load: Vec<&str> = load.iter().map(String::as_str).collect();
+    check_a_large_keyspace_is_read_in_portions(&mut client, &load, &before);
+    assert!(server.log().contains(READS_FILES));
+    assert_eq!(
+        client.info("mpool", "mpool_accounts"),
+        MANY_FILES.to_string()
+    );
+    // What has happened to the files without the module.
+    let [gone, kept] = [&before[0].account, &before[1].account];
+    client.ok(&["PING"]);
+    client.unload();
+    server.remove_account(&format!("medium/{gone}"));
+    server.write_account("medium/new", &bearer("new"));
+    // In a transaction all would be done at once, but it can't be yet.
+    let replies = at_one_blow(
+        &mut client,
+        &[&load, &["MULTI"], &["MPOOL.REPAIR"], &["EXEC"]],
+    );
+    let repaired = format!("{:?}", replies[3]);
+    assert!(repaired.contains("is reading the keyspace"), "{repaired}");
+    client.wait_until_ready();
+    assert_eq!(client.acquire(&numbered_key(0), NOW).state, "failover");
+    assert_eq!(&client.acquire(&numbered_key(1), NOW).account, kept);
+    client.wait_for_account(gone, false);
+    client.wait_for_account("new", true);
+    client.check_invariants(2);
+    client.check_repair();
+    assert!(server.is_alive());
+}
+
+#[test]
+fn the_module_can_go_while_many_account_files_are_read() {
+    let (mut server, mut client, before) = pool_of_many_files();
+    for _ in 0..3 {
+        client.ok(&["PING"]);
+        client.unload();
+        let load = server.load_words();
+        let load: Vec<&str> = load.iter().map(String::as_str).collect();
+        let unload = ["MODULE", "UNLOAD", "mpool"];
+        let replies = at_one_blow(&mut client, &[&load, &unload, &["DEBUG", "DIGEST"]]);
+        assert!(replies[0].is_ok(), "{replies:?}");
+        if replies[1].is_err() {
+            client.unload();
+        }
+        let digest: String = client.run(&["DEBUG", "DIGEST"]);
+        assert_eq!(digest, text(replies[2].as_ref().unwrap()));
+        client.load(&server);
+    }
+    client.wait_until_ready();
+    check_pool(&mut client, &before);
+    assert!(server.is_alive());
+}
+
+#[test]
+fn a_replica_reads_many_account_files_and_is_promoted_meanwhile() {
+    let (primary, mut client, before) = pool_of_many_files();
+    let options = (0..MANY_FILES).fold(Options::default(), |options, number| {
+        options.file(&format!("medium/f{number}"), &bearer("f"))
+    });
+    let mut replica = options.replica_of(&primary).start();
+    let mut other = replica.connect();
+    wait_for_same(&mut client, &mut other);
+    for promoted in [false, true] {
+        other.unload();
+        let mut other = replica.connect();
+        let load = replica.load_words();
+        let load: Vec<&str> = load.iter().map(String::as_str).collect();
+        let promote: &[&str] = if promoted {
+            &["REPLICAOF", "NO", "ONE"]
+        } else {
+            &["PING"]
+        };
+        let replies = at_one_blow(&mut other, &[&load, &["MPOOL.STATUS"], promote]);
+        refused_loading(&replies[1]);
+        other.wait_until_ready();
+        assert_eq!(
+            other.info("mpool", "mpool_accounts"),
+            MANY_FILES.to_string()
+        );
+        assert_eq!(client.traces().0, other.traces().0);
+        if promoted {
+            check_pool(&mut other, &before);
+        }
+    }
+    assert!(replica.is_alive());
 }
 
 /// The accounts of all leases that STATUS shows.

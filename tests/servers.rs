@@ -599,6 +599,7 @@ fn an_unload_amid_a_flood_of_account_files_harms_nothing() {
         client.unload();
         client.load(&server);
     }
+    client.wait_until_ready();
     for key in &keys[..2] {
         client.acquire(key, 3000);
     }

@@ -149,6 +149,13 @@ impl Scanner {
         &self.root
     }
 
+    /// Whether there are more than so many entries in the tiers' folders.
+    pub(crate) fn is_larger_than(&self, limit: usize) -> bool {
+        let folders = self.folders.iter();
+        let entries = folders.filter_map(|folder| fs::read_dir(&folder.path).ok());
+        entries.flatten().nth(limit).is_some()
+    }
+
     /// Turns to another folder. The next full scan reports the differences.
     pub(crate) fn set_root(&mut self, root: PathBuf) {
         self.root = absolute(root);

@@ -87,7 +87,7 @@ pub(crate) struct Watcher {
 }
 
 impl Watcher {
-    /// Starts the thread. `scanner` has had its first full scan.
+    /// Starts the thread, which begins with a full scan, be it the first or not.
     ///
     /// # Errors
     /// The system gives no thread.

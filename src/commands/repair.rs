@@ -42,6 +42,9 @@ impl Command for Repair {
 }
 
 fn at_once(ctx: &Context) -> Result<Repaired, Failure> {
+    if node::awaits_files() {
+        return Err(Failure::Loading);
+    }
     let rebuilt = node::rebuilt(ctx)?;
     let mut repaired = node::with(|node| {
         // One that nothing is answered from may be of another keyspace.

@@ -458,7 +458,7 @@ fn refused(error: &[u8]) -> Denied {
         "NOACCOUNT" => later(Code::NoAccount, 30, "no account can be used"),
         "NOTOKEN" => later(Code::NoToken, 30, "the account's file is not on this Redis"),
         "LOADING" if detail.starts_with("mpool ") => {
-            cannot_ask("the module is reading the keyspace")
+            cannot_ask("the module is reading the keyspace or the account files")
         }
         "LOADING" => cannot_ask("Redis is loading its data"),
         "READONLY" => cannot_ask("this Redis is a replica"),
@@ -540,7 +540,7 @@ mod tests {
                 Some(1),
             ),
             (
-                "LOADING mpool is reading the keyspace; try again shortly",
+                "LOADING mpool is reading the keyspace or the account files; try again shortly",
                 Code::Redis,
                 Some(1),
             ),
