@@ -35,7 +35,6 @@ fn what_make_run_prints_works_as_typed() {
         ("appendonly", "yes"),
         ("appendfsync", "everysec"),
         ("maxmemory-policy", "noeviction"),
-        ("loading-process-events-interval-bytes", "32768"),
     ] {
         let asked = format!("redis-cli -p {port} CONFIG GET {setting}");
         let told = terminal.run(&asked).ok();

@@ -512,7 +512,6 @@ fn the_lines_for_redis_conf_are_accepted() {
         for (setting, value) in [
             ("appendfsync", "everysec"),
             ("maxmemory-policy", "noeviction"),
-            ("loading-process-events-interval-bytes", "32768"),
             ("mpool.rotation-ms", "86400000"),
         ] {
             assert_eq!(
