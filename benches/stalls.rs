@@ -31,7 +31,8 @@ const AFTERMATH: Duration = Duration::from_secs(1);
 /// How long anything may take with so many keys.
 const PATIENCE: Duration = Duration::from_secs(300);
 /// Arguments of the server while it loads, and what they are called: its own
-/// way, and as README recommends, with clients served between smaller portions.
+/// way, which the module changes (src/portions.rs), and with portions as small
+/// for the one without it.
 const LOADS: [(&[&str], &str); 2] = [
     (&[], "by the server's defaults"),
     (
@@ -177,17 +178,13 @@ fn main() {
 impl Bench {
     /// Prints what was seen, and holds what the module adds to the bar.
     fn report(&mut self, what: &str, stalls: &Stalls) {
-        self.report_beside("without the module", what, stalls);
-    }
-
-    /// The same beside something else.
-    fn report_beside(&mut self, other: &str, what: &str, stalls: &Stalls) {
         let kinds: [(&str, Part); 3] = [
             ("round trip", |stall| stall.trip),
             ("without waits for a processor", |stall| stall.own),
             ("CPU of the main thread", |stall| stall.cpu),
         ];
-        self.page.table(format!("{what}; that, and {other}"));
+        self.page
+            .table(format!("{what}; that, and without the module"));
         for (kind, of) in kinds {
             let [own, plain] = stalls.figures(of);
             let (own, plain) = (spread(&own), spread(&plain));
@@ -197,7 +194,7 @@ impl Bench {
         let [own, plain] = stalls.figures(|stall| stall.own);
         let added = pairs(&own, &plain, |own, plain| own - plain);
         self.page.line(format!(
-            "  {what}: stall {:.2} ms, {:.2} {other}; of its making {} {}",
+            "  {what}: stall {:.2} ms, {:.2} without the module; of its making {} {}",
             median(&own),
             median(&plain),
             STALL.judge(median(&added), " ms"),
@@ -346,7 +343,7 @@ impl Bench {
 
     /// The keyspace is new to the module: another database's, or the module is loaded.
     fn reading(&mut self, server: &Server) {
-        let (idle, empty) = (options(true, 0).start(), options(false, 0).start());
+        let idle = options(true, 0).start();
         let [mut swaps, mut loads] = [(); 2].map(|()| Stalls::default());
         for round in 1..=self.rounds {
             progress(&format!("stalls: reading {round} of {}", self.rounds));
@@ -358,21 +355,18 @@ impl Bench {
                 client.ok(&["SWAPDB", "0", "1"]);
                 client.wait_until_ready();
             });
-            for (place, server) in [server, &empty].into_iter().enumerate() {
-                server.connect().unload();
-                let stall = stall_of(server.port, || {
-                    let mut client = server.connect();
-                    client.load(server);
-                    client.wait_until_ready();
-                });
-                loads.add(place, stall);
-            }
+            server.connect().unload();
+            both(server, &idle, &mut loads, || {
+                let mut client = server.connect();
+                client.load(server);
+                client.wait_until_ready();
+            });
         }
         let keys = self.keys;
         self.report(&format!("SWAPDB to {keys} leases"), &swaps);
-        // What is left out is reading the account files, as at every load.
-        let what = format!("MODULE LOAD into a server with {keys} leases");
-        self.report_beside("with none", &what, &loads);
+        let what =
+            format!("MODULE LOAD into a server with {keys} leases and {LENDERS} account files");
+        self.report(&what, &loads);
     }
 
     /// The same data loaded with the module and without, in turn; then what it takes.
