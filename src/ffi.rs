@@ -9,12 +9,10 @@
 use crate::errors::Failure;
 use redis_module::logging::RedisLogLevel;
 use redis_module::{Context, ContextFlags, RedisString, Status, raw};
-use smallvec::SmallVec;
 use std::any::Any;
 use std::cell::Cell;
 use std::ffi::{CStr, CString, c_char, c_int, c_long, c_longlong, c_void};
 use std::io::{Read, Write};
-use std::marker::PhantomData;
 use std::mem::ManuallyDrop;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -98,19 +96,18 @@ pub(crate) trait Command {
 /// One call of a command: its arguments, its context, its reply.
 pub(crate) struct Call<'a> {
     pub(crate) ctx: Context,
-    /// The arguments as they came. The server's own list is no place to look
-    /// again: Valkey puts something else where an argument is redacted.
-    argv: SmallVec<[*mut raw::RedisModuleString; 8]>,
+    argv: &'a [*mut raw::RedisModuleString],
+    /// The argument to be redacted, if there is one.
+    secret: Cell<Option<usize>>,
     replied: Cell<bool>,
-    lifetime: PhantomData<&'a ()>,
 }
 
 impl<'a> Call<'a> {
     /// The argument at that place; 0 is the command's name.
     pub(crate) fn arg(&self, place: usize) -> Option<&'a [u8]> {
         let argument = *self.argv.get(place)?;
-        // Redis keeps each argument until the command returns, a redacted one
-        // as well, and 'a ends before that.
+        // Redis keeps each argument until the command returns, and 'a ends
+        // before that.
         (!argument.is_null()).then(|| RedisString::string_as_slice(argument))
     }
 
@@ -119,8 +116,15 @@ impl<'a> Call<'a> {
         self.argv.len()
     }
 
-    /// Keeps an argument out of SLOWLOG and MONITOR where the server can.
-    pub(crate) fn redact(&self, place: usize) {
+    /// Keeps an argument out of SLOWLOG and MONITOR, which are told of a command
+    /// when it is over; all of them, should the command fail.
+    pub(crate) fn keep_secret(&self, place: usize) {
+        self.secret.set(Some(place));
+    }
+
+    /// Redacts an argument where the server can. To be done last: Valkey puts
+    /// something else into the list of arguments.
+    fn redact(&self, place: usize) {
         // SAFETY: a plain call with this command's own context. The symbol is
         // absent on servers before 7.0 and then not called.
         unsafe {
@@ -312,9 +316,9 @@ extern "C" fn run_command<C: Command>(
     };
     let call = Call {
         ctx: Context::new(ctx),
-        argv: SmallVec::from_slice(argv),
+        argv,
+        secret: Cell::new(None),
         replied: Cell::new(false),
-        lifetime: PhantomData,
     };
     let arity = C::SPEC.arity;
     let fits = if arity < 0 {
@@ -341,7 +345,12 @@ extern "C" fn run_command<C: Command>(
     let outcome = guarded(name, || C::run(&call));
     drop(database);
     let failure = match outcome {
-        Some(Ok(())) => return Status::Ok as c_int,
+        Some(Ok(())) => {
+            if let Some(place) = call.secret.get() {
+                call.redact(place);
+            }
+            return Status::Ok as c_int;
+        }
         Some(Err(failure)) => failure,
         None => Failure::Internal,
     };

@@ -313,9 +313,15 @@ fn make_ready(ctx: &Context) -> Result<(), Failure> {
 
 /// Brings in a portion of the news; answers whether there is more.
 pub(crate) fn take_in() -> Result<bool, Failure> {
-    if !HAS_ARRIVALS.load(Ordering::Acquire) {
-        return Ok(false);
+    if HAS_ARRIVALS.load(Ordering::Acquire) {
+        take_in_news()
+    } else {
+        Ok(false)
     }
+}
+
+#[cold]
+fn take_in_news() -> Result<bool, Failure> {
     let (news, more) = {
         let mut arrivals = ARRIVALS.lock().unwrap_or_else(PoisonError::into_inner);
         let count = arrivals.len().min(SETTLE_LIMIT);

@@ -4,7 +4,7 @@ use super::{KEY, NOW, ReplyExt, SYNTAX};
 use crate::errors::Failure;
 use crate::ffi::{Arg, ArgKind, Call, Command, Spec};
 use crate::node::{self, Node};
-use crate::pool::{Decision, Refusal};
+use crate::pool::{Decision, Effect, Refusal};
 use secrecy::ExposeSecret;
 
 pub(crate) struct Acquire;
@@ -46,14 +46,16 @@ fn run(call: &Call<'_>) -> Result<(), Failure> {
                 return Ok(Step::Settle);
             }
             match node.pool.acquire(key, now, &mut node.choice) {
-                Ok(decision) if with_token && node.pool.credential(decision.account).is_none() => {
+                Ok((decision, _))
+                    if with_token && node.pool.credential(decision.account).is_none() =>
+                {
                     Err(Failure::NoToken)
                 }
-                Ok(decision) if decision.effects.is_empty() => {
-                    grant(call, node, &decision, with_token);
+                Ok((decision, effects)) if effects.is_empty() => {
+                    grant(call, node, decision, with_token);
                     Ok(Step::Done)
                 }
-                Ok(decision) => Ok(Step::Write(decision)),
+                Ok((decision, effects)) => Ok(Step::Write(decision, effects)),
                 // What is still to be put right may hold the slot that is missing.
                 Err(Refusal::PoolFull { .. } | Refusal::NoAccount { .. }) if behind => {
                     Ok(Step::Settle)
@@ -65,9 +67,9 @@ fn run(call: &Call<'_>) -> Result<(), Failure> {
         match step {
             Step::Done => return Ok(()),
             Step::Settle => drop(node::settle(&call.ctx, node::SETTLE_LIMIT)?),
-            Step::Write(decision) => {
-                node::apply_unless_full(&call.ctx, &decision.effects)?;
-                return node::with(|node| grant(call, node, &decision, with_token));
+            Step::Write(decision, effects) => {
+                node::apply_unless_full(&call.ctx, &effects)?;
+                return node::with(|node| grant(call, node, decision, with_token));
             }
         }
     }
@@ -79,10 +81,10 @@ enum Step {
     /// Things are to be put right first.
     Settle,
     /// The decision is to be made true.
-    Write(Decision),
+    Write(Decision, Vec<Effect>),
 }
 
-fn grant(call: &Call<'_>, node: &mut Node, decision: &Decision, with_token: bool) {
+fn grant(call: &Call<'_>, node: &mut Node, decision: Decision, with_token: bool) {
     node.counters.granted(decision.state);
     let account = decision.account;
     let credential = if with_token {

@@ -57,7 +57,7 @@ pub(crate) enum Refusal {
 }
 
 /// The answer to an acquire.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Decision {
     pub(crate) account: AccountId,
     pub(crate) state: State,
@@ -66,7 +66,6 @@ pub(crate) struct Decision {
     pub(crate) last: Option<i64>,
     /// Unix ms; none for a bound key.
     pub(crate) next: Option<i64>,
-    pub(crate) effects: Vec<Effect>,
 }
 
 /// The answer to a release, a revoke or a cooldown.
@@ -85,8 +84,12 @@ struct Supposed {
     account: AccountId,
 }
 
+const fn without_effects(decision: Decision) -> (Decision, Vec<Effect>) {
+    (decision, Vec::new())
+}
+
 impl Pool {
-    /// The account for a key at `now` (unix ms).
+    /// The account for a key at `now` (unix ms), and the writes that make it true.
     ///
     /// A current lease is answered as it is. Otherwise the key's own slot, the
     /// slots of overdue leases and those of accounts that may no longer be lent
@@ -97,7 +100,7 @@ impl Pool {
         name: &[u8],
         now: i64,
         choice: &mut Choice,
-    ) -> Result<Decision, Refusal> {
+    ) -> Result<(Decision, Vec<Effect>), Refusal> {
         let id = self.find_key(name).ok_or(Refusal::NoKey)?;
         let key = self.key(id).ok_or(Refusal::NoKey)?;
         match key.standing {
@@ -107,7 +110,7 @@ impl Pool {
             Standing::Pooled | Standing::Bound if now >= key.expires_at => {
                 return Err(Refusal::Expired);
             }
-            Standing::Bound => return self.bound(key.bound, now),
+            Standing::Bound => return self.bound(key.bound, now).map(without_effects),
             Standing::Pooled => {}
         }
         let over = now >= key.next;
@@ -117,14 +120,13 @@ impl Pool {
                     .account(account)
                     .is_some_and(|account| account.class_at(now).keeps_leases());
                 if kept && !over {
-                    return Ok(Decision {
+                    return Ok(without_effects(Decision {
                         account,
                         state: State::Current,
                         previous: key.previous,
                         last: (key.last != NEVER).then_some(key.last),
                         next: Some(key.next),
-                        effects: Vec::new(),
-                    });
+                    }));
                 }
                 if over {
                     State::Rotated
@@ -151,17 +153,18 @@ impl Pool {
             previous: None,
             last: None,
             next: None,
-            effects: Vec::new(),
         })
     }
 
+    // Apart, so that the way of a current lease is a short one.
+    #[inline(never)]
     fn choose(
         &mut self,
         id: KeyId,
         state: State,
         now: i64,
         choice: &mut Choice,
-    ) -> Result<Decision, Refusal> {
+    ) -> Result<(Decision, Vec<Effect>), Refusal> {
         self.advance(now);
         let mut supposed = Vec::new();
         self.supposing = true;
@@ -199,7 +202,7 @@ impl Pool {
         state: State,
         now: i64,
         supposed: &[Supposed],
-    ) -> Decision {
+    ) -> (Decision, Vec<Effect>) {
         let next = now.saturating_add(self.rotation_ms);
         let others = supposed.iter().filter(|freed| freed.key != id);
         let mut effects: Vec<Effect> = others
@@ -216,14 +219,14 @@ impl Pool {
                 next,
             });
         }
-        Decision {
+        let decision = Decision {
             account,
             state,
             previous,
             last: Some(now),
             next: Some(next),
-            effects,
-        }
+        };
+        (decision, effects)
     }
 
     fn refusal(&self, now: i64) -> Refusal {

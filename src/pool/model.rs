@@ -258,8 +258,8 @@ impl World {
         choice: &mut Choice,
     ) -> Result<Decision, Refusal> {
         self.settle();
-        let decision = self.pool.acquire(key.as_bytes(), now, choice)?;
-        self.carry_out(&decision.effects);
+        let (decision, effects) = self.pool.acquire(key.as_bytes(), now, choice)?;
+        self.carry_out(&effects);
         Ok(decision)
     }
 

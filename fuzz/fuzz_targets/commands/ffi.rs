@@ -70,8 +70,8 @@ thread_local! {
 /// What came of a call.
 pub(crate) struct Outcome {
     pub(crate) reply: Vec<Item>,
-    /// Places of arguments that are kept out of the server's logs.
-    pub(crate) redacted: Vec<usize>,
+    /// The argument that is kept out of the server's logs.
+    pub(crate) secret: Option<usize>,
 }
 
 pub(crate) fn call<C: Command>(words: &[Vec<u8>]) -> Outcome {
@@ -79,7 +79,7 @@ pub(crate) fn call<C: Command>(words: &[Vec<u8>]) -> Outcome {
         ctx: Context,
         argv: words,
         replied: Cell::new(false),
-        redacted: RefCell::new(Vec::new()),
+        secret: Cell::new(None),
     };
     REPLY.take();
     let count = c_int::try_from(words.len()).expect("few words");
@@ -98,7 +98,7 @@ pub(crate) fn call<C: Command>(words: &[Vec<u8>]) -> Outcome {
     }
     Outcome {
         reply: REPLY.take(),
-        redacted: call.redacted.take(),
+        secret: call.secret.get(),
     }
 }
 
@@ -106,7 +106,7 @@ pub(crate) struct Call<'a> {
     pub(crate) ctx: Context,
     argv: &'a [Vec<u8>],
     replied: Cell<bool>,
-    redacted: RefCell<Vec<usize>>,
+    secret: Cell<Option<usize>>,
 }
 
 impl<'a> Call<'a> {
@@ -118,8 +118,8 @@ impl<'a> Call<'a> {
         self.argv.len()
     }
 
-    pub(crate) fn redact(&self, place: usize) {
-        self.redacted.borrow_mut().push(place);
+    pub(crate) fn keep_secret(&self, place: usize) {
+        self.secret.set(Some(place));
     }
 
     pub(crate) fn reply(&self) -> Reply {
