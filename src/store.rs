@@ -6,8 +6,9 @@ use crate::ffi::{self, Cursor, Fields, WrongType};
 use crate::pool::{
     Effect, Flaw, KeyFields, KeyRecord, Pool, Rotation, RotationFields, Stored, Tier, names,
 };
-use redis_module::{CallOptions, CallOptionsBuilder, CallReply, CallResult, Context, RedisString};
+use redis_module::{CallOptionsBuilder, CallReply, CallResult, Context, RedisString};
 use std::cell::RefCell;
+use std::ffi::CStr;
 
 const CLIENT_KEYS: &str = "client_keys:";
 const KEY_ROTATION: &str = "key_rotation:";
@@ -151,28 +152,47 @@ pub(crate) enum Observation<'a> {
     Slots(Tier, &'a str, Stored),
     Cooldown(Tier, &'a str, i64),
     Reason(Tier, &'a str, Option<String>),
-    /// What the module has just written there itself: a lease or a counter.
-    Own(Effect),
+    /// What the module has just written there itself.
+    Own(Own),
+}
+
+/// What a write of the module's own makes of its key.
+#[derive(Clone, Debug)]
+pub(crate) enum Own {
+    /// A whole lease or counter.
+    Whole(Effect),
+    /// A lease without an account and, if it is `over`, without an end.
+    GivenUp { key: Box<str>, over: bool },
+    /// A lease with this previous account.
+    Previous { key: Box<str>, account: Box<str> },
+}
+
+impl Own {
+    fn is_of(&self, key: PoolKey<'_>) -> bool {
+        match (self, key) {
+            (
+                Self::Whole(Effect::Lend { key: own, .. })
+                | Self::GivenUp { key: own, .. }
+                | Self::Previous { key: own, .. },
+                PoolKey::Rotation(key),
+            ) => **own == *key,
+            (Self::Whole(Effect::Slots { tier, account, .. }), PoolKey::Slots(of, name)) => {
+                *tier == of && **account == *name
+            }
+            _ => false,
+        }
+    }
 }
 
 thread_local! {
     /// The write under way, whose notification need not read what it made of
     /// its key: reading costs as much as writing.
-    static UNDER_WAY: RefCell<Option<Effect>> = const { RefCell::new(None) };
+    static UNDER_WAY: RefCell<Option<Own>> = const { RefCell::new(None) };
 }
 
 /// What the write under way, if there is one, has made of this key; once.
 pub(crate) fn own_write(key: PoolKey<'_>) -> Option<Observation<'static>> {
-    UNDER_WAY.with_borrow_mut(|effect| {
-        let is_of_it = match (&*effect, key) {
-            (Some(Effect::Lend { key: own, .. }), PoolKey::Rotation(key)) => **own == *key,
-            (Some(Effect::Slots { tier, account, .. }), PoolKey::Slots(of, name)) => {
-                *tier == of && **account == *name
-            }
-            _ => false,
-        };
-        effect.take_if(|_| is_of_it).map(Observation::Own)
-    })
+    UNDER_WAY.with_borrow_mut(|own| own.take_if(|own| own.is_of(key)).map(Observation::Own))
 }
 
 impl Observation<'_> {
@@ -211,13 +231,13 @@ impl Observation<'_> {
             }
             // No field of a lease stays as it was, save a previous account where
             // the decision has none, and then there was none that could be read.
-            Self::Own(Effect::Lend {
+            Self::Own(Own::Whole(Effect::Lend {
                 key,
                 account,
                 previous,
                 last,
                 next,
-            }) => {
+            })) => {
                 let rotation = Rotation {
                     account: Some(account),
                     account_is_garbage: false,
@@ -227,12 +247,14 @@ impl Observation<'_> {
                 };
                 pool.observe_rotation(key, Some(rotation));
             }
-            Self::Own(Effect::Slots {
+            Self::Own(Own::Whole(Effect::Slots {
                 tier,
                 account,
                 used,
-            }) => pool.observe_slots(*tier, account, Stored::Count(*used)),
-            Self::Own(_) => {}
+            })) => pool.observe_slots(*tier, account, Stored::Count(*used)),
+            Self::Own(Own::Whole(_)) => {}
+            Self::Own(Own::GivenUp { key, over }) => pool.observe_given_up(key, *over),
+            Self::Own(Own::Previous { key, account }) => pool.observe_previous(key, account),
             Self::Slots(tier, account, stored) => pool.observe_slots(*tier, account, *stored),
             Self::Cooldown(tier, account, until) => pool.observe_cooldown(*tier, account, *until),
             Self::Reason(tier, account, reason) => {
@@ -280,7 +302,15 @@ pub(crate) fn register(ctx: &Context, new: &Registration<'_>) -> Result<(), Fail
     if !new.name.is_empty() {
         args.extend(["name", new.name]);
     }
-    Writer::new(ctx).write("HSET", &args)
+    // More arguments than other writes have, and seldom.
+    let options = CallOptionsBuilder::new()
+        .replicate()
+        .errors_as_replies()
+        .build();
+    let result: CallResult<'_> = ctx.call_ext("HSET", &options, &args[..]);
+    result
+        .map(drop)
+        .map_err(|error| refused(c"HSET", &String::from_utf8_lossy(error.as_bytes())))
 }
 
 /// The fields of a client key's record that the rules don't need:
@@ -297,25 +327,16 @@ pub(crate) fn read_label(ctx: &Context, key: &str) -> [Option<Vec<u8>>; 2] {
 pub(crate) fn apply(ctx: &Context, effects: &[Effect]) -> Result<(), Failure> {
     for effect in effects {
         let hash = match effect {
-            Effect::Lend { key, .. } | Effect::Free { key, .. } | Effect::Release { key, .. } => {
-                PoolKey::Rotation(key).name()
-            }
+            Effect::Lend { key, .. } => PoolKey::Rotation(key).name(),
             Effect::Deactivate { key } => PoolKey::ClientKey(key).name(),
+            // What is given up is in a hash.
             _ => continue,
         };
         if !ffi::can_hold_hash(ctx, hash.as_bytes()) {
             return Err(Failure::WrongType);
         }
     }
-    let writer = Writer::new(ctx);
-    effects.iter().try_for_each(|effect| {
-        if let Effect::Lend { .. } | Effect::Slots { .. } = effect {
-            UNDER_WAY.set(Some(effect.clone()));
-        }
-        let outcome = writer.apply(effect);
-        UNDER_WAY.set(None);
-        outcome
-    })
+    effects.iter().try_for_each(|effect| carry_out(ctx, effect))
 }
 
 /// Whether the server would take a write that needs memory now. Asks it by one
@@ -329,126 +350,125 @@ pub(crate) fn has_room(ctx: &Context) -> bool {
     result.is_ok()
 }
 
-struct Writer<'a> {
-    ctx: &'a Context,
-    options: CallOptions,
+fn write(ctx: &Context, command: &CStr, args: &[&str]) -> Result<(), Failure> {
+    ffi::write(ctx, command, args).map_err(|error| refused(command, &error.0))
 }
 
-impl<'a> Writer<'a> {
-    fn new(ctx: &'a Context) -> Self {
-        let options = CallOptionsBuilder::new()
-            .replicate()
-            .errors_as_replies()
-            .build();
-        Self { ctx, options }
-    }
+/// A write whose notification is told what it makes of its key.
+fn write_own(own: Own, write: impl FnOnce() -> Result<(), Failure>) -> Result<(), Failure> {
+    UNDER_WAY.set(Some(own));
+    let outcome = write();
+    UNDER_WAY.set(None);
+    outcome
+}
 
-    fn write(&self, command: &str, args: &[&str]) -> Result<(), Failure> {
-        let result: CallResult<'_> = self.ctx.call_ext(command, &self.options, args);
-        result
-            .map(drop)
-            .map_err(|error| refused(command, &String::from_utf8_lossy(error.as_bytes())))
-    }
-
-    fn apply(&self, effect: &Effect) -> Result<(), Failure> {
-        match effect {
-            Effect::Lend {
-                key,
+fn carry_out(ctx: &Context, effect: &Effect) -> Result<(), Failure> {
+    match effect {
+        Effect::Lend {
+            key,
+            account,
+            previous,
+            last,
+            next,
+        } => {
+            let (name, last, next) = (
+                PoolKey::Rotation(key).name(),
+                last.to_string(),
+                next.to_string(),
+            );
+            let mut args = vec![
+                &*name,
+                "account",
                 account,
-                previous,
-                last,
-                next,
-            } => {
-                let (name, last, next) = (
-                    PoolKey::Rotation(key).name(),
-                    last.to_string(),
-                    next.to_string(),
-                );
-                let mut args = vec![
-                    &*name,
-                    "account",
-                    account,
-                    "next_rotation",
-                    &next,
-                    "last_rotation",
-                    &last,
-                ];
-                if let Some(previous) = previous {
-                    args.extend(["previous_account", previous]);
-                }
-                self.write("HSET", &args)
+                "next_rotation",
+                &next,
+                "last_rotation",
+                &last,
+            ];
+            if let Some(previous) = previous {
+                args.extend(["previous_account", previous]);
             }
-            Effect::Free { key, account } => self.free(key, account.as_deref(), &["account"]),
-            Effect::Release { key, account } => {
-                self.free(key, account.as_deref(), &["account", "next_rotation"])
-            }
-            Effect::Forget { key } => self.write("DEL", &[&PoolKey::Rotation(key).name()]),
-            Effect::Slots {
-                tier,
-                account,
-                used,
-            } => {
-                let name = PoolKey::Slots(*tier, account).name();
-                ffi::set_number(self.ctx, &name, *used).map_err(|error| refused("SET", &error.0))
-            }
-            Effect::Uncount { tier, account } => {
-                self.write("DEL", &[&PoolKey::Slots(*tier, account).name()])
-            }
-            Effect::Leave { tier, account } => {
-                let names = [
-                    PoolKey::Slots(*tier, account).name(),
-                    PoolKey::Cooldown(*tier, account).name(),
-                    PoolKey::Reason(*tier, account).name(),
-                ];
-                self.write("DEL", &names.each_ref().map(String::as_str))
-            }
-            Effect::Cool {
-                tier,
-                account,
-                until,
-                reason,
-            } => {
-                let why = PoolKey::Reason(*tier, account).name();
-                self.write(
-                    "SET",
-                    &[
-                        &PoolKey::Cooldown(*tier, account).name(),
-                        &until.to_string(),
-                    ],
-                )?;
-                match reason {
-                    Some(reason) => self.write("SET", &[&why, reason]),
-                    None => self.write("DEL", &[&why]),
-                }
-            }
-            Effect::Warm { tier, account } => {
-                let names = [
-                    PoolKey::Cooldown(*tier, account).name(),
-                    PoolKey::Reason(*tier, account).name(),
-                ];
-                self.write("DEL", &names.each_ref().map(String::as_str))
-            }
-            Effect::Deactivate { key } => self.write(
-                "HSET",
-                &[&PoolKey::ClientKey(key).name(), "active", "false"],
-            ),
+            write_own(Own::Whole(effect.clone()), || write(ctx, c"HSET", &args))
         }
-    }
-
-    fn free(&self, key: &str, account: Option<&str>, fields: &[&str]) -> Result<(), Failure> {
-        let name = PoolKey::Rotation(key).name();
-        let mut args = vec![name.as_str()];
-        args.extend(fields);
-        self.write("HDEL", &args)?;
-        match account {
-            Some(account) => self.write("HSET", &[&name, "previous_account", account]),
-            None => Ok(()),
+        Effect::Free { key, account } => give_up(ctx, key, account.as_deref(), false),
+        Effect::Release { key, account } => give_up(ctx, key, account.as_deref(), true),
+        Effect::Forget { key } => write(ctx, c"DEL", &[&PoolKey::Rotation(key).name()]),
+        Effect::Slots {
+            tier,
+            account,
+            used,
+        } => {
+            let name = PoolKey::Slots(*tier, account).name();
+            let set = || ffi::set_number(ctx, &name, *used);
+            write_own(Own::Whole(effect.clone()), || {
+                set().map_err(|error| refused(c"SET", &error.0))
+            })
         }
+        Effect::Uncount { tier, account } => {
+            write(ctx, c"DEL", &[&PoolKey::Slots(*tier, account).name()])
+        }
+        Effect::Leave { tier, account } => {
+            let names = [
+                PoolKey::Slots(*tier, account).name(),
+                PoolKey::Cooldown(*tier, account).name(),
+                PoolKey::Reason(*tier, account).name(),
+            ];
+            write(ctx, c"DEL", &names.each_ref().map(String::as_str))
+        }
+        Effect::Cool {
+            tier,
+            account,
+            until,
+            reason,
+        } => {
+            let name = PoolKey::Cooldown(*tier, account).name();
+            let why = PoolKey::Reason(*tier, account).name();
+            write(ctx, c"SET", &[&name, &until.to_string()])?;
+            match reason {
+                Some(reason) => write(ctx, c"SET", &[&why, reason]),
+                None => write(ctx, c"DEL", &[&why]),
+            }
+        }
+        Effect::Warm { tier, account } => {
+            let names = [
+                PoolKey::Cooldown(*tier, account).name(),
+                PoolKey::Reason(*tier, account).name(),
+            ];
+            write(ctx, c"DEL", &names.each_ref().map(String::as_str))
+        }
+        Effect::Deactivate { key } => write(
+            ctx,
+            c"HSET",
+            &[&PoolKey::ClientKey(key).name(), "active", "false"],
+        ),
     }
+}
+
+/// Takes a lease's account off and, if it is `over`, its end as well.
+fn give_up(ctx: &Context, key: &str, account: Option<&str>, over: bool) -> Result<(), Failure> {
+    let name = PoolKey::Rotation(key).name();
+    let fields = [&*name, "account", "next_rotation"];
+    let fields = if over { &fields[..] } else { &fields[..2] };
+    let own = Own::GivenUp {
+        key: key.into(),
+        over,
+    };
+    write_own(own, || write(ctx, c"HDEL", fields))?;
+    let Some(account) = account else {
+        return Ok(());
+    };
+    let own = Own::Previous {
+        key: key.into(),
+        account: account.into(),
+    };
+    write_own(own, || {
+        write(ctx, c"HSET", &[&name, "previous_account", account])
+    })
 }
 
 /// A write that the server refused: the log gets its code word.
-fn refused(command: &str, error: &str) -> Failure {
+fn refused(command: &CStr, error: &str) -> Failure {
+    let command = command.to_string_lossy();
     let word = error.split(' ').next().unwrap_or_default();
     let message = format!("a write of the module was refused: {command}: {word}");
     ffi::log(redis_module::logging::RedisLogLevel::Warning, &message);

@@ -4,8 +4,8 @@
 //! clock or does I/O: time is an argument (unix milliseconds), and what must be
 //! written comes back as [`Effect`]s. The view changes in one way alone: by
 //! being told what the keyspace ([`Pool::observe_key`], [`Pool::observe_rotation`],
-//! [`Pool::observe_slots`], [`Pool::observe_cooldown`], [`Pool::observe_reason`])
-//! and the account files ([`Pool::set_file`]) now say.
+//! [`Pool::observe_given_up`], [`Pool::observe_previous`], [`Pool::observe_slots`],
+//! [`Pool::observe_cooldown`], [`Pool::observe_reason`]) and the account files ([`Pool::set_file`]) now say.
 //!
 //! - `view`: bringing observations in
 //! - `directory`, `slab`, `pages`: things by name, by number and in a list

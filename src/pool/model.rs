@@ -114,6 +114,10 @@ impl World {
             next: lease.next,
         });
         self.pool.observe_rotation(key, parsed);
+        self.record_lease(key, lease);
+    }
+
+    fn record_lease(&mut self, key: &str, lease: Option<Lease>) {
         match lease {
             Some(lease) => self.leases.insert(key.to_owned(), lease),
             None => self.leases.remove(key),
@@ -180,12 +184,20 @@ impl World {
                 if matches!(effect, Effect::Release { .. }) {
                     lease.next = None;
                 }
-                // Two commands, as in the store: the view sees both steps.
-                self.set_lease(key, Some(lease.clone()));
+                // Two commands, as in the store: the view is told of each, and
+                // reads what a hash without a field is gone for.
+                let over = matches!(effect, Effect::Release { .. });
+                self.pool.observe_given_up(key, over);
+                if lease == Lease::default() {
+                    self.set_lease(key, None);
+                }
                 if let Some(account) = account {
                     lease.previous = Some(account.to_string());
+                    self.pool.observe_previous(key, account);
                 }
-                self.set_lease(key, Some(lease));
+                if lease != Lease::default() {
+                    self.record_lease(key, Some(lease));
+                }
             }
             Effect::Forget { key } => self.set_lease(key, None),
             Effect::Slots {

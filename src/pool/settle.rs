@@ -5,7 +5,7 @@
 use super::account::{Account, Class};
 use super::key::{NEVER, Standing};
 use super::{AccountId, Effect, Item, KeyId, Pool, Stored};
-use std::collections::HashSet;
+use hashbrown::HashSet;
 
 /// Beyond this many entries more than there are things, the backlog holds
 /// leftovers of things that are gone and is cleared of them.

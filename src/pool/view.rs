@@ -29,6 +29,15 @@ pub(crate) enum Difference {
     Absence,
 }
 
+/// What a key's lease consists of, as [`Key`] has it.
+struct Lease {
+    holds: Option<AccountId>,
+    holds_garbage: bool,
+    previous: Option<AccountId>,
+    last: i64,
+    next: i64,
+}
+
 /// What a view says of a key, but for numbers that another view has otherwise.
 type KeyFacts<'a> = ((Standing, Tier, i64, i64, i64, bool), [Option<&'a str>; 3]);
 /// The same of an account.
@@ -97,6 +106,51 @@ impl Pool {
         let previous = rotation
             .previous
             .and_then(|name| self.intern_account(Tier::Medium, name));
+        let lease = Lease {
+            holds,
+            holds_garbage: rotation.account_is_garbage,
+            previous,
+            last: rotation.last.unwrap_or(NEVER),
+            next: rotation.next.unwrap_or(NEVER),
+        };
+        self.set_lease(id, lease);
+    }
+
+    /// A client key's lease has lost its account and, if it is `over`, its end as
+    /// well. What the view doesn't know is not changed: it is still to be told.
+    pub(crate) fn observe_given_up(&mut self, name: &str, over: bool) {
+        let Some(id) = self.find_key(name.as_bytes()) else {
+            return;
+        };
+        if let Some(key) = self.key(id) {
+            let lease = Lease {
+                holds: None,
+                holds_garbage: false,
+                previous: key.previous,
+                last: key.last,
+                next: if over { NEVER } else { key.next },
+            };
+            self.set_lease(id, lease);
+        }
+    }
+
+    /// A client key's lease now names this account as its previous one.
+    pub(crate) fn observe_previous(&mut self, name: &str, account: &str) {
+        let Some(id) = self.intern_key(name) else {
+            return;
+        };
+        let previous = self.intern_account(Tier::Medium, account);
+        self.add_ref(previous);
+        let key = self.keys.get_mut(id.slot());
+        let former = key.and_then(|key| std::mem::replace(&mut key.previous, previous));
+        self.drop_ref(former);
+        self.finish_key(id);
+    }
+
+    fn set_lease(&mut self, id: KeyId, lease: Lease) {
+        let Lease {
+            holds, previous, ..
+        } = lease;
         // The new account must outlive the removal of the old lease.
         self.add_ref(holds);
         self.add_ref(previous);
@@ -107,9 +161,9 @@ impl Pool {
             if same && holds.is_some() {
                 self.due.remove(&(key.due(), id));
             }
-            key.last = rotation.last.unwrap_or(NEVER);
-            key.next = rotation.next.unwrap_or(NEVER);
-            key.holds_garbage = rotation.account_is_garbage;
+            key.last = lease.last;
+            key.next = lease.next;
+            key.holds_garbage = lease.holds_garbage;
             former = std::mem::replace(&mut key.previous, previous);
             if same && holds.is_some() {
                 self.due.insert((key.due(), id));

@@ -256,9 +256,19 @@ pub(crate) fn can_hold_hash(_ctx: &Context, name: &[u8]) -> bool {
 pub(crate) struct Refused(pub(crate) String);
 
 pub(crate) fn set_number(ctx: &Context, name: &str, number: u64) -> Result<(), Refused> {
+    write(ctx, c"SET", &[name, &number.to_string()])
+}
+
+pub(crate) fn write(ctx: &Context, command: &CStr, args: &[&str]) -> Result<(), Refused> {
+    assert!(
+        args.len() <= 9,
+        "more arguments than the module's own can pass on"
+    );
     let options = redis_module::CallOptionsBuilder::new().build();
-    let set = ctx.call_ext("SET", &options, &[name, &number.to_string()]);
-    set.map(drop)
+    let command = command.to_str().expect("a command's name");
+    let written = ctx.call_ext(command, &options, args);
+    written
+        .map(drop)
         .map_err(|error| Refused(String::from_utf8_lossy(error.as_bytes()).into()))
 }
 
