@@ -82,9 +82,9 @@ impl Class {
     }
 }
 
-/// What each acquire looks at comes first and lies together: with many accounts,
-/// memory that isn't at hand is most of what a look costs. No alignment is asked
-/// for: the server's allocator may not know of any beyond its own.
+/// Two cache lines, the first of which is all that a current lease looks at: with
+/// many accounts, memory that isn't at hand is most of what a look costs. No
+/// alignment is asked for: the server's allocator may not know of any beyond its own.
 #[derive(Debug)]
 #[repr(C)]
 pub(super) struct Account {
@@ -95,15 +95,16 @@ pub(super) struct Account {
     /// Unix ms from which on the account is lent again; 0: it is not cooling.
     pub(super) cools_until: i64,
     pub(super) stored: Stored,
-    pub(super) tier: Tier,
     pub(super) file: File,
-    /// Why it is cooling, on record as long as the cooldown, past or not.
-    pub(super) reason: Option<Box<str>>,
+    /// Why it is cooling, on record as long as the cooldown, past or not. Apart,
+    /// as few are.
+    pub(super) reason: Option<Box<Text<24>>>,
     /// The keys that hold a slot, in no order.
     pub(super) holders: SmallVec<[KeyId; 4]>,
     /// Keys that name the account without holding a slot of it: as the one
     /// they are bound to or had before. The account stays while there are any.
     pub(super) refs: u32,
+    pub(super) tier: Tier,
     /// The class at the pool's horizon, as the indexes have it.
     pub(super) class: Class,
     /// Whether it stands among the lendable accounts with a free slot, in the
@@ -113,6 +114,8 @@ pub(super) struct Account {
     pub(super) queued: bool,
 }
 
+const _: () = assert!(size_of::<Option<Account>>() == 128);
+
 impl Account {
     pub(super) fn new(tier: Tier, name: &str, file: File) -> Self {
         let mut account = Self {
@@ -120,11 +123,11 @@ impl Account {
             token_end: i64::MIN,
             cools_until: 0,
             stored: Stored::Absent,
-            tier,
             file: File::Unknown,
             reason: None,
             holders: SmallVec::new(),
             refs: 0,
+            tier,
             class: Class::Absent,
             in_bucket: false,
             queued: false,
@@ -144,6 +147,11 @@ impl Account {
     /// Slots in use.
     pub(super) fn used(&self) -> u64 {
         self.holders.len() as u64
+    }
+
+    /// Why it is cooling, as far as that is on record.
+    pub(super) fn reason(&self) -> Option<&str> {
+        self.reason.as_deref().map(|reason| &**reason)
     }
 
     /// Whether there is an end of a cooldown on record, past or not.

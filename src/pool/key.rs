@@ -92,6 +92,8 @@ pub(super) struct Key {
     pub(super) queued: bool,
 }
 
+const _: () = assert!(size_of::<Option<Key>>() == 128);
+
 impl Key {
     pub(super) fn new(name: &str) -> Self {
         Self {

@@ -169,11 +169,7 @@ impl Pool {
         let (state, reason, until) = match (&account.file, class) {
             (File::Invalid(reason), _) => ("invalid", Some(*reason), None),
             (File::Valid(credential), Class::Expired) => ("expired", None, credential.expires_at),
-            (_, Class::Cooling) => (
-                "cooldown",
-                account.reason.as_deref(),
-                Some(account.cools_until),
-            ),
+            (_, Class::Cooling) => ("cooldown", account.reason(), Some(account.cools_until)),
             (_, Class::Lendable) if used == 0 => ("available", None, None),
             (_, Class::Lendable) if used < slots => ("partial", None, None),
             (_, Class::Lendable) => ("full", None, None),

@@ -202,7 +202,7 @@ impl Pool {
         if reason.is_none() && self.find_account(tier, name).is_none() {
             return;
         }
-        let reason = reason.map(Into::into);
+        let reason = reason.map(|reason| Box::new(reason.into()));
         self.change_account(tier, name, |account| account.reason = reason);
     }
 
@@ -347,7 +347,7 @@ impl Pool {
         Some((
             account.stored,
             account.cools_until,
-            account.reason.as_deref(),
+            account.reason(),
             account.refs,
             // Who they are is told of the keys.
             account.holders.len(),
