@@ -327,9 +327,13 @@ pub(crate) fn read_label(ctx: &Context, key: &str) -> [Option<Vec<u8>>; 2] {
 pub(crate) fn apply(ctx: &Context, effects: &[Effect]) -> Result<(), Failure> {
     for effect in effects {
         let hash = match effect {
-            Effect::Lend { key, .. } => PoolKey::Rotation(key).name(),
+            // A previous account is on record, and what is given up is: in a hash.
+            Effect::Lend {
+                key,
+                previous: None,
+                ..
+            } => PoolKey::Rotation(key).name(),
             Effect::Deactivate { key } => PoolKey::ClientKey(key).name(),
-            // What is given up is in a hash.
             _ => continue,
         };
         if !ffi::can_hold_hash(ctx, hash.as_bytes()) {
