@@ -10,11 +10,9 @@ use crate::pool::{Choice, Effect, File, Pool, State, Tier};
 use crate::rebuild::{self, Files, Rebuild};
 use crate::store::{self, Observation};
 use redis_module::{Context, ContextFlags};
-use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
-use std::mem::ManuallyDrop;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError, TryLockError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Things put right by one command before its own work, and by the watcher at
@@ -150,13 +148,9 @@ impl Node {
     }
 }
 
-thread_local! {
-    /// The main thread's, which does all that needs it; other threads find none.
-    /// Coming back in by mistake fails instead of corrupting. Never dropped by
-    /// itself: for that, the module's code would have to outlive its unload.
-    static NODE: RefCell<ManuallyDrop<Option<Node>>> =
-        const { RefCell::new(ManuallyDrop::new(None)) };
-}
+/// Never contended: whoever comes here is on the main thread. What a lock
+/// adds is that coming back in by mistake fails instead of corrupting.
+static NODE: Mutex<Option<Node>> = Mutex::new(None);
 static WATCHER: Mutex<Option<Watcher>> = Mutex::new(None);
 
 /// What the view says of the keyspace; the next three.
@@ -175,16 +169,21 @@ static AWAITS_FILES: AtomicBool = AtomicBool::new(false);
 
 /// Does something with the node. It must not call Redis meanwhile.
 pub(crate) fn with<R>(run: impl FnOnce(&mut Node) -> R) -> Result<R, Failure> {
-    NODE.with(|node| {
-        let mut node = node.try_borrow_mut().map_err(|_| Failure::Internal)?;
-        node.as_mut().map(run).ok_or(Failure::Internal)
-    })
+    let mut guard = match NODE.try_lock() {
+        Ok(guard) => guard,
+        // A panic is answered by a rebuild, see `suspect`.
+        Err(TryLockError::Poisoned(poisoned)) => {
+            NODE.clear_poison();
+            poisoned.into_inner()
+        }
+        Err(TryLockError::WouldBlock) => return Err(Failure::Internal),
+    };
+    guard.as_mut().map(run).ok_or(Failure::Internal)
 }
 
 /// Puts a node in place, or none at the module's end.
 pub(crate) fn install(node: Option<Node>) {
-    let former = NODE.replace(ManuallyDrop::new(node));
-    drop(ManuallyDrop::into_inner(former));
+    *NODE.lock().unwrap_or_else(PoisonError::into_inner) = node;
     set_ready();
 }
 
