@@ -312,6 +312,8 @@ impl<S: Transport> ClientIo<S> {
             self.clean = false;
             self.was_active = true;
             self.in_head = false;
+            // HTTP/2 reads before it flushes an answer's end.
+            self.waiting_since = None;
             self.reading = false;
         }
     }
