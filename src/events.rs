@@ -15,7 +15,7 @@ use redis_module::server_events::{
 use redis_module::{Context, NotifyEvent};
 
 /// A key has changed, in whatever way: it is read anew.
-pub(crate) fn key_changed(ctx: &Context, _kind: NotifyEvent, _event: &str, name: &[u8]) {
+pub(crate) fn key_changed(ctx: &Context, _kind: NotifyEvent, event: &str, name: &[u8]) {
     let Some(key) = PoolKey::parse(name) else {
         return;
     };
@@ -23,7 +23,7 @@ pub(crate) fn key_changed(ctx: &Context, _kind: NotifyEvent, _event: &str, name:
         return;
     }
     ffi::guarded("a notification", || {
-        let observation = store::own_write(key).unwrap_or_else(|| key.read(ctx, name));
+        let observation = store::own_write(key, event).unwrap_or_else(|| key.read(ctx, name));
         let off = node::with(|node| {
             node.observe(&observation);
             node::is_ready() && node.is_primary && node.pool.has_stray_backlog()

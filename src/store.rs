@@ -168,7 +168,17 @@ pub(crate) enum Own {
 }
 
 impl Own {
-    fn is_of(&self, key: PoolKey<'_>) -> bool {
+    /// Whether this event is that of the write. Another one may come before it:
+    /// a key that has expired is gone first.
+    fn is_of(&self, key: PoolKey<'_>, event: &str) -> bool {
+        let own = match self {
+            Self::Whole(Effect::Slots { .. }) => "set",
+            Self::GivenUp { .. } => "hdel",
+            Self::Whole(_) | Self::Previous { .. } => "hset",
+        };
+        if event != own {
+            return false;
+        }
         match (self, key) {
             (
                 Self::Whole(Effect::Lend { key: own, .. })
@@ -191,8 +201,11 @@ thread_local! {
 }
 
 /// What the write under way, if there is one, has made of this key; once.
-pub(crate) fn own_write(key: PoolKey<'_>) -> Option<Observation<'static>> {
-    UNDER_WAY.with_borrow_mut(|own| own.take_if(|own| own.is_of(key)).map(Observation::Own))
+pub(crate) fn own_write(key: PoolKey<'_>, event: &str) -> Option<Observation<'static>> {
+    UNDER_WAY.with_borrow_mut(|own| {
+        own.take_if(|own| own.is_of(key, event))
+            .map(Observation::Own)
+    })
 }
 
 impl Observation<'_> {

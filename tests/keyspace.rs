@@ -381,6 +381,23 @@ fn a_record_that_expires_takes_its_lease_along() {
 }
 
 #[test]
+fn a_lease_that_has_expired_is_given_up_like_any_other() {
+    for line in [
+        "MPOOL.RELEASE {k}",
+        "MPOOL.REVOKE {k}",
+        "MPOOL.COOLDOWN medium {a} * 1000",
+    ] {
+        let mut scene = Scene::new();
+        // Nobody but the module's own write finds that it has.
+        scene.run("DEBUG SET-ACTIVE-EXPIRE 0");
+        scene.run("PEXPIRE key_rotation:{k} 1");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        scene.run(line);
+        scene.client.check_repair();
+    }
+}
+
+#[test]
 fn a_change_by_hand_is_put_right_without_a_command_too() {
     let mut scene = Scene::new();
     let a = scene.word("{a}");
