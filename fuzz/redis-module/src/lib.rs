@@ -44,11 +44,16 @@ pub mod server {
 
     /// Changes a key behind the module's back.
     pub fn set(name: &[u8], value: Option<Value>) {
+        put("changed", name, value);
+    }
+
+    /// Changes a key, of which that event is told.
+    pub(super) fn put(event: &str, name: &[u8], value: Option<Value>) {
         KEYS.with_borrow_mut(|keys| match value {
             Some(value) => keys.insert(name.to_vec(), value),
             None => keys.remove(name),
         });
-        changed(name);
+        changed(event, name);
     }
 
     /// Empties the database; the one that calls tells the module.
@@ -66,9 +71,9 @@ pub mod server {
         WRITES.get()
     }
 
-    pub(super) fn changed(name: &[u8]) {
+    pub(super) fn changed(event: &str, name: &[u8]) {
         if let Some(listener) = LISTENER.get() {
-            listener(&Context, NotifyEvent, "changed", name);
+            listener(&Context, NotifyEvent, event, name);
         }
     }
 }
@@ -234,13 +239,13 @@ impl Context {
             "SET" => {
                 WRITES.set(WRITES.get() + 1);
                 let value = rest().next().expect("a value");
-                server::set(name, Some(Value::Text(value)));
+                server::put("set", name, Some(Value::Text(value)));
             }
             "DEL" => {
                 WRITES.set(WRITES.get() + 1);
                 for name in args {
                     if server::get(name).is_some() {
-                        server::set(name, None);
+                        server::put("del", name, None);
                     }
                 }
             }
@@ -254,7 +259,7 @@ impl Context {
                         .chunks(2)
                         .map(|pair| (pair[0].clone(), pair[1].clone())),
                 );
-                server::set(name, Some(Value::Hash(fields)));
+                server::put("hset", name, Some(Value::Hash(fields)));
             }
             "HDEL" => {
                 WRITES.set(WRITES.get() + 1);
@@ -262,7 +267,11 @@ impl Context {
                 let before = fields.len();
                 rest().for_each(|field| drop(fields.remove(&field)));
                 if fields.len() != before {
-                    server::set(name, (!fields.is_empty()).then_some(Value::Hash(fields)));
+                    let is_empty = fields.is_empty();
+                    server::put("hdel", name, (!is_empty).then_some(Value::Hash(fields)));
+                    if is_empty {
+                        server::changed("del", name);
+                    }
                 }
             }
             other => panic!("the module calls {other}, which this server does not have"),
