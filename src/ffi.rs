@@ -13,6 +13,7 @@ use std::any::Any;
 use std::cell::Cell;
 use std::ffi::{CStr, CString, c_char, c_int, c_long, c_longlong, c_void};
 use std::io::{Read, Write};
+use std::marker::PhantomData;
 use std::mem::ManuallyDrop;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -96,7 +97,10 @@ pub(crate) trait Command {
 /// One call of a command: its arguments, its context, its reply.
 pub(crate) struct Call<'a> {
     pub(crate) ctx: Context,
-    argv: &'a [*mut raw::RedisModuleString],
+    /// The server's own list, which [`Self::redact`] may have it write to.
+    argv: *const *mut raw::RedisModuleString,
+    argc: usize,
+    lifetime: PhantomData<&'a ()>,
     /// The argument to be redacted, if there is one.
     secret: Cell<Option<usize>>,
     replied: Cell<bool>,
@@ -105,7 +109,12 @@ pub(crate) struct Call<'a> {
 impl<'a> Call<'a> {
     /// The argument at that place; 0 is the command's name.
     pub(crate) fn arg(&self, place: usize) -> Option<&'a [u8]> {
-        let argument = *self.argv.get(place)?;
+        if place >= self.argc {
+            return None;
+        }
+        // SAFETY: Redis passes `argc` arguments in a list that lives as long as
+        // the call.
+        let argument = unsafe { *self.argv.add(place) };
         // Redis keeps each argument until the command returns, and 'a ends
         // before that.
         (!argument.is_null()).then(|| RedisString::string_as_slice(argument))
@@ -113,7 +122,7 @@ impl<'a> Call<'a> {
 
     /// The number of arguments, the command's name included.
     pub(crate) fn len(&self) -> usize {
-        self.argv.len()
+        self.argc
     }
 
     /// Keeps an argument out of SLOWLOG and MONITOR, which are told of a command
@@ -309,14 +318,12 @@ extern "C" fn run_command<C: Command>(
     argv: *mut *mut raw::RedisModuleString,
     argc: c_int,
 ) -> c_int {
-    let argv = match usize::try_from(argc) {
-        // SAFETY: Redis passes `argc` arguments that live as long as the call.
-        Ok(argc) if !argv.is_null() => unsafe { std::slice::from_raw_parts(argv, argc) },
-        _ => &[],
-    };
+    let arguments = usize::try_from(argc).unwrap_or(0);
     let call = Call {
         ctx: Context::new(ctx),
         argv,
+        argc: if argv.is_null() { 0 } else { arguments },
+        lifetime: PhantomData,
         secret: Cell::new(None),
         replied: Cell::new(false),
     };
@@ -739,9 +746,8 @@ pub(crate) fn write(ctx: &Context, command: &CStr, args: &[&str]) -> Result<(), 
     let mut args = args.iter().copied();
     let args: [&str; MOST] = std::array::from_fn(|_| args.next().unwrap_or_default());
     let [a, b, c, d, e, f, g, h, i] = args.map(|arg| (arg.as_ptr(), arg.len()));
-    // SAFETY: the format names the arguments, buffers with their lengths, and
-    // what follows those is not looked at; it ends
-    // with a NUL; the reply is ours to free.
+    // SAFETY: the format names the arguments, buffers with their lengths, and ends
+    // with a NUL; what follows those is not looked at; the reply is ours to free.
     unsafe {
         let call = raw::RedisModule_Call.ok_or(Refused(String::new()))?;
         let reply = call(

@@ -27,7 +27,7 @@ pub(crate) fn shrink(ctx: &Context) {
 /// At its end, whatever that was.
 pub(crate) fn give_back(ctx: &Context) {
     let before = BEFORE.lock().unwrap_or_else(PoisonError::into_inner).take();
-    // What somebody else has set meanwhile is to stay.
+    // Another size is somebody else's doing meanwhile, and stays.
     if let Some(before) = before
         && size(ctx) == Some(PORTION)
     {
