@@ -1611,12 +1611,6 @@ fn a_download_without_an_end_leaves_the_others_their_turns() {
     taking.join().unwrap();
     waits.sort_unstable();
     let median = waits[waits.len() / 2];
-    eprintln!(
-        "MEDIAN {} MiB p90 {} max {}",
-        median / MIB,
-        waits[90] / MIB,
-        waits[99] / MIB
-    );
     assert!(median < 40 * MIB, "{} MiB", median / MIB);
 }
 

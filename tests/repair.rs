@@ -748,13 +748,16 @@ fn the_module_can_go_while_the_keyspace_is_read() {
 const MANY_FILES: usize = 2_000;
 const READS_FILES: &str = "reading the account files; until that is done";
 
+fn many_files() -> Options {
+    (0..MANY_FILES).fold(Options::default(), |options, number| {
+        options.file(&format!("medium/f{number}"), &bearer("f"))
+    })
+}
+
 /// A pool of many accounts, six of them lent; a client of its server, and those
 /// leases.
 fn pool_of_many_files() -> (Server, Client, Vec<Lease>) {
-    let options = (0..MANY_FILES).fold(Options::default(), |options, number| {
-        options.file(&format!("medium/f{number}"), &bearer("f"))
-    });
-    let server = options.start();
+    let server = many_files().start();
     let mut client = server.connect();
     client.register(6);
     let before = leases(&mut client);
@@ -828,10 +831,7 @@ fn the_module_can_go_while_many_account_files_are_read() {
 #[test]
 fn a_replica_reads_many_account_files_and_is_promoted_meanwhile() {
     let (primary, mut client, before) = pool_of_many_files();
-    let options = (0..MANY_FILES).fold(Options::default(), |options, number| {
-        options.file(&format!("medium/f{number}"), &bearer("f"))
-    });
-    let mut replica = options.replica_of(&primary).start();
+    let mut replica = many_files().replica_of(&primary).start();
     let mut other = replica.connect();
     wait_for_same(&mut client, &mut other);
     for promoted in [false, true] {
