@@ -338,13 +338,13 @@ impl<S: Transport> ClientIo<S> {
             let _ = self.patience.poll(Instant::now() + next, cx);
             return Poll::Pending;
         }
-        let bound = if self.in_head {
+        let in_head = self.in_head;
+        let bound = if in_head {
             self.bounds.header
         } else {
             self.bounds.keepalive
         };
         let since = *self.waiting_since.get_or_insert_with(Instant::now);
-        let in_head = self.in_head;
         self.patience.poll(since + bound, cx).map(|()| in_head)
     }
 

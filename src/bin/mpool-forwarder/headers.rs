@@ -4,20 +4,19 @@
 
 use hyper::header::{
     AUTHORIZATION, CONNECTION, CONTENT_LENGTH, COOKIE, HOST, HeaderMap, HeaderName, HeaderValue,
-    PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE,
+    PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING,
 };
 use hyper::http::header::GetAll;
 
 pub const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
-const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
-const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
-static HOP_BY_HOP: [HeaderName; 6] = [
-    CONNECTION,
-    PROXY_CONNECTION,
-    KEEP_ALIVE,
-    TE,
-    TRANSFER_ENCODING,
-    UPGRADE,
+/// As texts: most names are of other lengths, which is soon seen.
+const HOP_BY_HOP: [&str; 6] = [
+    "connection",
+    "proxy-connection",
+    "keep-alive",
+    "te",
+    "transfer-encoding",
+    "upgrade",
 ];
 
 /// What the client sent to say who it is.
@@ -78,19 +77,17 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) -> bool {
         // RFC 9112 section 6.3: it overrides a length, which must not go on.
         headers.remove(CONTENT_LENGTH);
     }
-    for name in named.iter().chain(&HOP_BY_HOP) {
+    for name in &named {
+        headers.remove(name);
+    }
+    for name in HOP_BY_HOP {
         headers.remove(name);
     }
     takes_trailers
 }
 
-/// Whether a name is one of [`HOP_BY_HOP`]. Told by the text, as most names are of
-/// other lengths.
 fn is_hop_by_hop(name: &HeaderName) -> bool {
-    matches!(
-        name.as_str(),
-        "connection" | "proxy-connection" | "keep-alive" | "te" | "transfer-encoding" | "upgrade"
-    )
+    HOP_BY_HOP.contains(&name.as_str())
 }
 
 fn is_keep_alive(headers: &HeaderMap) -> bool {
@@ -283,7 +280,8 @@ mod tests {
 
     #[test]
     fn whatever_is_hop_by_hop_is_seen_alone_too() {
-        for name in &HOP_BY_HOP {
+        for name in HOP_BY_HOP {
+            let name = &HeaderName::from_static(name);
             assert!(is_hop_by_hop(name), "{name}");
             for value in ["keep-alive", "Keep-Alive", "close", "x-one, keep-alive"] {
                 let mut headers = map(&[("x-one", "1"), ("x-two", "2")]);
