@@ -7,6 +7,7 @@ use crate::node::{self, Node};
 use crate::pool::Pool;
 use crate::portions;
 use crate::rebuild::{self, Files};
+use crate::settings;
 use crate::store::{self, PoolKey};
 use redis_module::logging::RedisLogLevel;
 use redis_module::server_events::{
@@ -85,10 +86,7 @@ static ON_LOADING: fn(&Context, LoadingSubevent) = loading;
 
 /// Warns when the server may throw the pool's keys away to make room.
 pub(crate) fn warn_of_eviction(ctx: &Context) {
-    let Ok(reply) = ctx.call("CONFIG", &["GET", "maxmemory-policy"]) else {
-        return;
-    };
-    let policy = format!("{reply:?}");
+    let policy = settings::of_server(ctx, "maxmemory-policy").unwrap_or_default();
     if policy.contains("allkeys-") {
         ffi::log(
             RedisLogLevel::Warning,

@@ -3,7 +3,8 @@
 //! read once more: so they are made smaller by the server's own setting, which is
 //! given back at the load's end. The keyspace is left alone.
 
-use redis_module::{CallOptionsBuilder, CallReply, CallResult, Context};
+use crate::settings;
+use redis_module::{CallOptionsBuilder, CallResult, Context};
 use std::sync::{Mutex, PoisonError};
 
 const SETTING: &str = "loading-process-events-interval-bytes";
@@ -35,17 +36,8 @@ pub(crate) fn give_back(ctx: &Context) {
     }
 }
 
-/// None where CONFIG has another name, or none.
 fn size(ctx: &Context) -> Option<u64> {
-    let options = CallOptionsBuilder::new().errors_as_replies().build();
-    let told: CallResult<'_> = ctx.call_ext("CONFIG", &options, &["GET", SETTING]);
-    let Ok(CallReply::Array(told)) = told else {
-        return None;
-    };
-    match told.get(1)? {
-        Ok(CallReply::String(size)) => size.to_string()?.parse().ok(),
-        _ => None,
-    }
+    settings::of_server(ctx, SETTING)?.parse().ok()
 }
 
 fn set(ctx: &Context, size: u64) -> bool {

@@ -1,5 +1,5 @@
 //! The module's settings, in one table: names, defaults, what is accepted, and
-//! what a change of one does.
+//! what a change of one does; and how the server's own are looked up.
 
 use crate::accounts::Watcher;
 use crate::ffi;
@@ -10,7 +10,10 @@ use redis_module::configuration::{
     register_string_configuration,
 };
 use redis_module::logging::RedisLogLevel;
-use redis_module::{ConfigurationValue, Context, RedisError, RedisString, raw};
+use redis_module::{
+    CallOptionsBuilder, CallReply, CallResult, ConfigurationValue, Context, RedisError,
+    RedisString, raw,
+};
 use std::mem::ManuallyDrop;
 use std::path::{Path, PathBuf};
 use std::ptr;
@@ -168,6 +171,19 @@ fn parse(args: &[RedisString]) -> Result<Arguments, &'static str> {
         }
     }
     Ok(parsed)
+}
+
+/// A setting of the server's own. None where CONFIG has another name, or none.
+pub(crate) fn of_server(ctx: &Context, name: &str) -> Option<String> {
+    let options = CallOptionsBuilder::new().errors_as_replies().build();
+    let told: CallResult<'_> = ctx.call_ext("CONFIG", &options, &["GET", name]);
+    let Ok(CallReply::Array(told)) = told else {
+        return None;
+    };
+    match told.get(1)? {
+        Ok(CallReply::String(value)) => value.to_string(),
+        _ => None,
+    }
 }
 
 /// Makes the settings known to Redis, with the module's arguments as defaults,

@@ -44,6 +44,10 @@ mod settings {
     pub(crate) fn max_clock_skew_ms() -> Option<i64> {
         None
     }
+
+    pub(crate) fn of_server(_ctx: &redis_module::Context, _name: &str) -> Option<String> {
+        None
+    }
 }
 
 /// A server in memory loads no data.
