@@ -89,6 +89,30 @@ const fn without_effects(decision: Decision) -> (Decision, Vec<Effect>) {
 }
 
 impl Pool {
+    /// What [`Pool::acquire`] answers for a key whose lease goes on at `now` (unix ms): all
+    /// that most calls take.
+    pub(crate) fn current(&self, name: &[u8], now: i64) -> Option<Decision> {
+        let key = self.key(self.find_key(name)?)?;
+        if key.standing == Standing::Pooled && now < key.expires_at {
+            self.kept(key, now)
+        } else {
+            None
+        }
+    }
+
+    /// The same for a pooled key.
+    fn kept(&self, key: &Key, now: i64) -> Option<Decision> {
+        let account = key.holds?;
+        let goes_on = now < key.next && self.account(account)?.class_at(now).keeps_leases();
+        goes_on.then(|| Decision {
+            account,
+            state: State::Current,
+            previous: key.previous,
+            last: (key.last != NEVER).then_some(key.last),
+            next: Some(key.next),
+        })
+    }
+
     /// The account for a key at `now` (unix ms), and the writes that make it true.
     ///
     /// A current lease is answered as it is. Otherwise the key's own slot, the
@@ -113,30 +137,14 @@ impl Pool {
             Standing::Bound => return self.bound(key.bound, now).map(without_effects),
             Standing::Pooled => {}
         }
+        if let Some(decision) = self.kept(key, now) {
+            return Ok(without_effects(decision));
+        }
         let over = now >= key.next;
         let state = match key.holds {
-            Some(account) => {
-                let kept = self
-                    .account(account)
-                    .is_some_and(|account| account.class_at(now).keeps_leases());
-                if kept && !over {
-                    return Ok(without_effects(Decision {
-                        account,
-                        state: State::Current,
-                        previous: key.previous,
-                        last: (key.last != NEVER).then_some(key.last),
-                        next: Some(key.next),
-                    }));
-                }
-                if over {
-                    State::Rotated
-                } else {
-                    State::Failover
-                }
-            }
             None if key.next == NEVER || key.previous.is_none() => State::Assigned,
-            None if over => State::Rotated,
-            None => State::Failover,
+            _ if over => State::Rotated,
+            _ => State::Failover,
         };
         self.choose(id, state, now, choice)
     }
@@ -156,8 +164,6 @@ impl Pool {
         })
     }
 
-    // Apart, so that the way of a current lease is a short one.
-    #[inline(never)]
     fn choose(
         &mut self,
         id: KeyId,
