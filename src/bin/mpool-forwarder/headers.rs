@@ -2,14 +2,15 @@
 //! in, hop-by-hop headers stay behind (RFC 9110 section 7.6.1), all else passes
 //! as it is. Pure.
 
+use crate::answers::CODE_HEADER;
 use hyper::header::{
     AUTHORIZATION, CONNECTION, CONTENT_LENGTH, COOKIE, HOST, HeaderMap, HeaderName, HeaderValue,
     PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING,
 };
+use hyper::http::Extensions;
 use hyper::http::header::GetAll;
 
 pub const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
-/// As texts: most names are of other lengths, which is soon seen.
 const HOP_BY_HOP: [&str; 6] = [
     "connection",
     "proxy-connection",
@@ -18,6 +19,124 @@ const HOP_BY_HOP: [&str; 6] = [
     "transfer-encoding",
     "upgrade",
 ];
+
+/// Which of the names that matter here a message's headers have, by one walk over
+/// them: looking a name up costs as much as walking over several.
+#[derive(Clone, Copy, Debug)]
+pub struct Overview {
+    /// What the headers take on the wire, near enough for a limit, in bytes.
+    pub size: usize,
+    seen: Names,
+    /// Those seen more than once.
+    repeated: Names,
+}
+
+/// A set of names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Names(u16);
+
+impl Names {
+    const NONE: Self = Self(0);
+    const API_KEY: Self = Self(1);
+    const AUTHORIZATION: Self = Self(1 << 1);
+    const CODE: Self = Self(1 << 2);
+    const CONNECTION: Self = Self(1 << 3);
+    const COOKIE: Self = Self(1 << 4);
+    pub const EXPECT: Self = Self(1 << 5);
+    const HOST: Self = Self(1 << 6);
+    const LENGTH: Self = Self(1 << 7);
+    const PROXY_AUTHORIZATION: Self = Self(1 << 8);
+    pub const TRANSFER_ENCODING: Self = Self(1 << 9);
+    /// Any other hop-by-hop name.
+    pub const OTHER_HOP_BY_HOP: Self = Self(1 << 10);
+    const HOP_BY_HOP: Self =
+        Self(Self::CONNECTION.0 | Self::TRANSFER_ENCODING.0 | Self::OTHER_HOP_BY_HOP.0);
+
+    fn of(name: &HeaderName) -> Self {
+        match name.as_str() {
+            "x-api-key" => Self::API_KEY,
+            "authorization" => Self::AUTHORIZATION,
+            "x-mpool-error" => Self::CODE,
+            "connection" => Self::CONNECTION,
+            "cookie" => Self::COOKIE,
+            "expect" => Self::EXPECT,
+            "host" => Self::HOST,
+            "content-length" => Self::LENGTH,
+            "proxy-authorization" => Self::PROXY_AUTHORIZATION,
+            "transfer-encoding" => Self::TRANSFER_ENCODING,
+            "proxy-connection" | "keep-alive" | "te" | "upgrade" => Self::OTHER_HOP_BY_HOP,
+            _ => Self::NONE,
+        }
+    }
+}
+
+impl Overview {
+    pub fn of(headers: &HeaderMap) -> Self {
+        let mut size = 0;
+        let (mut seen, mut repeated) = (0, 0);
+        for (name, value) in headers {
+            size += name.as_str().len() + value.len() + 4;
+            let names = Names::of(name).0;
+            repeated |= seen & names;
+            seen |= names;
+        }
+        Self {
+            size,
+            seen: Names(seen),
+            repeated: Names(repeated),
+        }
+    }
+
+    /// Whether there is any of these.
+    pub const fn has(&self, names: Names) -> bool {
+        self.seen.0 & names.0 != 0
+    }
+
+    const fn repeats(&self, names: Names) -> bool {
+        self.repeated.0 & names.0 != 0
+    }
+}
+
+/// A request's headers, for one try after another.
+pub struct Tries {
+    /// The client's own, for the first one: to change them costs less than to copy them.
+    first: Option<(HeaderMap, Extensions)>,
+    /// What any other is made of.
+    fields: Vec<(HeaderName, HeaderValue)>,
+    /// The case of the names is here.
+    extensions: Extensions,
+}
+
+impl Tries {
+    pub fn new(headers: HeaderMap, extensions: Extensions) -> Self {
+        Self {
+            first: Some((headers, extensions)),
+            fields: Vec::new(),
+            extensions: Extensions::new(),
+        }
+    }
+
+    /// The headers for the next try, the same each time.
+    pub fn next(&mut self) -> (HeaderMap, Extensions) {
+        match self.first.take() {
+            Some((headers, extensions)) => {
+                let fields = headers.iter();
+                self.fields = fields
+                    .map(|(name, value)| (name.clone(), value.clone()))
+                    .collect();
+                self.extensions = extensions.clone();
+                (headers, extensions)
+            }
+            None => {
+                let mut headers = HeaderMap::with_capacity(self.fields.len());
+                for (name, value) in &self.fields {
+                    headers.append(name.clone(), value.clone());
+                }
+                (headers, self.extensions.clone())
+            }
+        }
+    }
+}
 
 /// What the client sent to say who it is.
 #[derive(Debug, PartialEq, Eq)]
@@ -29,12 +148,16 @@ pub enum GivenKey<'a> {
 }
 
 /// The client's key, out of `x-api-key` or `Authorization: Bearer`.
-pub fn client_key(headers: &HeaderMap) -> GivenKey<'_> {
-    let api_keys = headers
-        .get_all(API_KEY)
-        .iter()
+pub fn client_key<'a>(headers: &'a HeaderMap, overview: &Overview) -> GivenKey<'a> {
+    let all = |name, of| overview.has(of).then(|| headers.get_all(name));
+    let api_keys = all(API_KEY, Names::API_KEY)
+        .into_iter()
+        .flatten()
         .map(|value| value.as_bytes().trim_ascii());
-    let bearers = headers.get_all(AUTHORIZATION).iter().filter_map(bearer);
+    let bearers = all(AUTHORIZATION, Names::AUTHORIZATION)
+        .into_iter()
+        .flatten()
+        .filter_map(bearer);
     let mut given = api_keys.chain(bearers).filter(|key| !key.is_empty());
     let Some(first) = given.next() else {
         return GivenKey::None;
@@ -55,16 +178,15 @@ fn bearer(value: &HeaderValue) -> Option<&[u8]> {
 
 /// Removes what is meant for this connection alone, in either direction.
 /// Answers whether the sender takes trailers (`TE: trailers`).
-pub fn strip_hop_by_hop(headers: &mut HeaderMap) -> bool {
-    let mut found = headers.keys().filter(|name| is_hop_by_hop(name));
-    match (found.next(), found.next()) {
-        (None, _) => return false,
-        // What most servers say of most answers.
-        (Some(name), None) if *name == CONNECTION && is_keep_alive(headers) => {
-            headers.remove(CONNECTION);
-            return false;
-        }
-        _ => {}
+pub fn strip_hop_by_hop(headers: &mut HeaderMap, overview: &Overview) -> bool {
+    if !overview.has(Names::HOP_BY_HOP) {
+        return false;
+    }
+    let others = Names(Names::HOP_BY_HOP.0 & !Names::CONNECTION.0);
+    // What most servers say of most answers.
+    if !overview.has(others) && is_keep_alive(headers) {
+        headers.remove(CONNECTION);
+        return false;
     }
     let takes_trailers = lists(headers.get_all(TE), b"trailers");
     let named: Vec<HeaderName> = headers
@@ -86,10 +208,6 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) -> bool {
     takes_trailers
 }
 
-fn is_hop_by_hop(name: &HeaderName) -> bool {
-    HOP_BY_HOP.contains(&name.as_str())
-}
-
 fn is_keep_alive(headers: &HeaderMap) -> bool {
     let values = headers.get_all(CONNECTION);
     let is_it = |value: &HeaderValue| value.as_bytes().eq_ignore_ascii_case(b"keep-alive");
@@ -109,37 +227,69 @@ fn lists(values: GetAll<'_, HeaderValue>, word: &[u8]) -> bool {
 /// Makes a client's headers into those for the upstream: everything but the
 /// credential, which [`put_credential`] adds, and `Host`. Answers whether the
 /// client takes trailers, which [`for_http1`] and [`for_http2`] pass on.
-pub fn prepare(headers: &mut HeaderMap) -> bool {
-    let takes_trailers = strip_hop_by_hop(headers);
-    for name in [API_KEY, AUTHORIZATION, PROXY_AUTHORIZATION, HOST] {
-        headers.remove(name);
+pub fn prepare(headers: &mut HeaderMap, overview: &Overview) -> bool {
+    let takes_trailers = strip_hop_by_hop(headers, overview);
+    for (name, of) in [
+        (API_KEY, Names::API_KEY),
+        (AUTHORIZATION, Names::AUTHORIZATION),
+        (PROXY_AUTHORIZATION, Names::PROXY_AUTHORIZATION),
+    ] {
+        if overview.has(of) {
+            headers.remove(name);
+        }
     }
     takes_trailers
 }
 
 /// What HTTP/1 needs besides. HTTP/2 may repeat a length.
-pub fn for_http1(headers: &mut HeaderMap, host: &HeaderValue, takes_trailers: bool) {
+pub fn for_http1(
+    headers: &mut HeaderMap,
+    overview: &Overview,
+    host: &HeaderValue,
+    takes_trailers: bool,
+) {
     headers.insert(HOST, host.clone());
-    if let Some(length) = headers.get(CONTENT_LENGTH).cloned() {
+    if overview.repeats(Names::LENGTH)
+        && let Some(length) = headers.get(CONTENT_LENGTH).cloned()
+    {
         headers.insert(CONTENT_LENGTH, length);
     }
     if takes_trailers {
         headers.insert(TE, HeaderValue::from_static("trailers"));
         headers.insert(CONNECTION, HeaderValue::from_static("TE"));
     }
-    join_cookies(headers);
+    if overview.repeats(Names::COOKIE) {
+        join_cookies(headers);
+    }
 }
 
 /// What HTTP/2 needs besides; the host is in `:authority`.
-pub fn for_http2(headers: &mut HeaderMap, takes_trailers: bool) {
+pub fn for_http2(headers: &mut HeaderMap, overview: &Overview, takes_trailers: bool) {
+    if overview.has(Names::HOST) {
+        headers.remove(HOST);
+    }
     if takes_trailers {
         headers.insert(TE, HeaderValue::from_static("trailers"));
     }
 }
 
+/// Makes an upstream's headers into those for the client. Answers whether the
+/// framing was plain: see [`framing_is_plain`].
+pub fn prepare_answer(headers: &mut HeaderMap) -> bool {
+    let overview = Overview::of(headers);
+    let plain = framing_is_plain(headers, &overview);
+    strip_hop_by_hop(headers, &overview);
+    // It says that an answer is the forwarder's own.
+    if overview.has(Names::CODE) {
+        headers.remove(CODE_HEADER);
+    }
+    plain
+}
+
 /// What may not come as a trailer: a receiver might take it for a header.
 pub fn strip_trailers(trailers: &mut HeaderMap) {
-    strip_hop_by_hop(trailers);
+    let overview = Overview::of(trailers);
+    strip_hop_by_hop(trailers, &overview);
     for name in [
         API_KEY,
         AUTHORIZATION,
@@ -154,7 +304,10 @@ pub fn strip_trailers(trailers: &mut HeaderMap) {
 
 /// Whether a message's framing is one that everybody reads the same way: no
 /// transfer coding, or `chunked` alone, and one length.
-pub fn framing_is_plain(headers: &HeaderMap) -> bool {
+pub fn framing_is_plain(headers: &HeaderMap, overview: &Overview) -> bool {
+    if !overview.has(Names::TRANSFER_ENCODING) && !overview.repeats(Names::LENGTH) {
+        return true;
+    }
     let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
     let first = codings
         .next()
@@ -166,9 +319,6 @@ pub fn framing_is_plain(headers: &HeaderMap) -> bool {
 
 /// HTTP/2 may split a cookie header, HTTP/1 may not (RFC 9113 section 8.2.3).
 fn join_cookies(headers: &mut HeaderMap) {
-    if headers.get_all(COOKIE).iter().nth(1).is_none() {
-        return;
-    }
     let joined = headers
         .get_all(COOKIE)
         .iter()
@@ -195,17 +345,10 @@ pub fn put_credential(headers: &mut HeaderMap, scheme: Scheme, value: HeaderValu
     };
 }
 
-/// What a head takes on the wire, near enough for a limit, in bytes.
-pub fn size(target: usize, headers: &HeaderMap) -> usize {
-    let fields = headers
-        .iter()
-        .map(|(name, value)| name.as_str().len() + value.len() + 4);
-    target + 16 + fields.sum::<usize>()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use hyper::header::EXPECT;
 
     fn map(fields: &[(&'static str, &'static str)]) -> HeaderMap {
         let mut headers = HeaderMap::new();
@@ -216,6 +359,61 @@ mod tests {
             );
         }
         headers
+    }
+
+    fn prepared(mut headers: HeaderMap) -> (HeaderMap, Overview, bool) {
+        let overview = Overview::of(&headers);
+        let takes_trailers = prepare(&mut headers, &overview);
+        (headers, overview, takes_trailers)
+    }
+
+    fn strip(headers: &mut HeaderMap) -> bool {
+        let overview = Overview::of(headers);
+        strip_hop_by_hop(headers, &overview)
+    }
+
+    #[test]
+    fn an_overview_knows_every_name_that_is_looked_for() {
+        let named = [
+            (API_KEY, Names::API_KEY),
+            (AUTHORIZATION, Names::AUTHORIZATION),
+            (CODE_HEADER, Names::CODE),
+            (CONNECTION, Names::CONNECTION),
+            (COOKIE, Names::COOKIE),
+            (EXPECT, Names::EXPECT),
+            (HOST, Names::HOST),
+            (CONTENT_LENGTH, Names::LENGTH),
+            (PROXY_AUTHORIZATION, Names::PROXY_AUTHORIZATION),
+            (TRANSFER_ENCODING, Names::TRANSFER_ENCODING),
+            (HeaderName::from_static("x-other"), Names::NONE),
+        ];
+        for (name, names) in &named {
+            assert_eq!(Names::of(name), *names, "{name}");
+        }
+        for name in HOP_BY_HOP {
+            let names = Names::of(&HeaderName::from_static(name));
+            assert_ne!(names.0 & Names::HOP_BY_HOP.0, 0, "{name}");
+        }
+        let headers = map(&[("cookie", "a"), ("host", "h"), ("cookie", "b")]);
+        let overview = Overview::of(&headers);
+        assert!(overview.has(Names::COOKIE) && overview.repeats(Names::COOKIE));
+        assert!(overview.has(Names::HOST) && !overview.repeats(Names::HOST));
+        assert!(!overview.has(Names::EXPECT));
+        assert_eq!(overview.size, 2 * (6 + 1 + 4) + 4 + 1 + 4);
+    }
+
+    #[test]
+    fn each_try_has_the_same_headers() {
+        let headers = map(&[("x-one", "1"), ("cookie", "a"), ("x-one", "2"), ("te", "x")]);
+        let mut extensions = Extensions::new();
+        extensions.insert("the case of names");
+        let mut tries = Tries::new(headers.clone(), extensions);
+        for _ in 0..3 {
+            let (next, extensions) = tries.next();
+            assert_eq!(next, headers);
+            assert!(next.iter().eq(headers.iter()), "the order");
+            assert_eq!(extensions.get(), Some(&"the case of names"));
+        }
     }
 
     #[test]
@@ -251,7 +449,9 @@ mod tests {
             (&[("authorization", "Bearer ")], GivenKey::None),
         ];
         for (fields, expected) in cases {
-            assert_eq!(client_key(&map(fields)), expected, "{fields:?}");
+            let headers = map(fields);
+            let given = client_key(&headers, &Overview::of(&headers));
+            assert_eq!(given, expected, "{fields:?}");
         }
     }
 
@@ -271,7 +471,7 @@ mod tests {
             ("trailer", "x-sum"),
             ("x-three", "again"),
         ]);
-        assert!(!strip_hop_by_hop(&mut headers));
+        assert!(!strip(&mut headers));
         assert_eq!(
             headers,
             map(&[("x-three", "3"), ("x-three", "again"), ("trailer", "x-sum")])
@@ -282,11 +482,10 @@ mod tests {
     fn whatever_is_hop_by_hop_is_seen_alone_too() {
         for name in HOP_BY_HOP {
             let name = &HeaderName::from_static(name);
-            assert!(is_hop_by_hop(name), "{name}");
             for value in ["keep-alive", "Keep-Alive", "close", "x-one, keep-alive"] {
                 let mut headers = map(&[("x-one", "1"), ("x-two", "2")]);
                 headers.insert(name, HeaderValue::from_static(value));
-                strip_hop_by_hop(&mut headers);
+                strip(&mut headers);
                 let named = *name == CONNECTION && value.contains("x-one");
                 assert_eq!(headers.contains_key("x-one"), !named, "{name}: {value}");
                 assert_eq!(headers.len(), 2 - usize::from(named), "{name}: {value}");
@@ -309,13 +508,15 @@ mod tests {
                 .iter()
                 .map(|coding| ("transfer-encoding", *coding))
                 .collect();
-            assert_eq!(framing_is_plain(&map(&fields)), plain, "{codings:?}");
+            let headers = map(&fields);
+            let found = framing_is_plain(&headers, &Overview::of(&headers));
+            assert_eq!(found, plain, "{codings:?}");
         }
     }
 
     #[test]
     fn nothing_of_the_clients_credentials_is_left() {
-        let mut headers = map(&[
+        let (mut headers, overview, takes_trailers) = prepared(map(&[
             ("x-api-key", "k"),
             ("authorization", "Bearer k"),
             ("proxy-authorization", "Basic k"),
@@ -323,14 +524,20 @@ mod tests {
             ("te", "trailers, deflate;q=0.5"),
             ("cookie", "a=1"),
             ("cookie", "b=2"),
-        ]);
-        assert!(prepare(&mut headers));
-        assert_eq!(headers, map(&[("cookie", "a=1"), ("cookie", "b=2")]));
+        ]));
+        assert!(takes_trailers);
+        let left = [("host", "here"), ("cookie", "a=1"), ("cookie", "b=2")];
+        assert_eq!(headers, map(&left));
         let mut over_http2 = headers.clone();
-        for_http2(&mut over_http2, true);
+        for_http2(&mut over_http2, &overview, true);
         let expected = [("te", "trailers"), ("cookie", "a=1"), ("cookie", "b=2")];
         assert_eq!(over_http2, map(&expected));
-        for_http1(&mut headers, &HeaderValue::from_static("h"), true);
+        for_http1(
+            &mut headers,
+            &overview,
+            &HeaderValue::from_static("h"),
+            true,
+        );
         let expected = [
             ("host", "h"),
             ("te", "trailers"),
@@ -348,14 +555,14 @@ mod tests {
 
     #[test]
     fn a_connection_header_can_not_take_the_new_credential_away() {
-        let mut headers = map(&[
+        let (mut headers, _, takes_trailers) = prepared(map(&[
             (
                 "connection",
                 "authorization, x-api-key, host, content-length",
             ),
             ("content-length", "5"),
-        ]);
-        assert!(!prepare(&mut headers));
+        ]));
+        assert!(!takes_trailers);
         put_credential(
             &mut headers,
             Scheme::Bearer,

@@ -2,11 +2,11 @@
 //! and back; and once more on another account when the first one is refused.
 
 use crate::accounts::{Account, DOUBT};
-use crate::answers::{CODE_HEADER, Code};
+use crate::answers::Code;
 use crate::base::Base;
 use crate::client_io::{Active, Exchange, Turn};
 use crate::config::Limits;
-use crate::headers::{self, GivenKey};
+use crate::headers::{self, GivenKey, Names, Overview, Tries};
 use crate::known::Look;
 use crate::lender::{self, Denied, Grant, Lender, State};
 use crate::metrics::Metrics;
@@ -45,13 +45,11 @@ pub struct Proxy {
 struct Order {
     method: Method,
     target: Uri,
-    headers: HeaderMap,
+    /// Of the headers as the client sent them.
+    overview: Overview,
     takes_trailers: bool,
-    extensions: hyper::http::Extensions,
     upload: Upload,
     key: Box<str>,
-    /// The key, as the rules for accounts tell keys apart.
-    who: u64,
     expects_continue: bool,
     /// How the client asked.
     over_http2: bool,
@@ -97,28 +95,30 @@ impl Proxy {
         let (parts, body) = request.into_parts();
         let over_http2 = parts.version == Version::HTTP_2;
         let mut report = Report::begin(&self.metrics, &parts.method, &parts.uri);
-        let plain = headers::framing_is_plain(&parts.headers);
+        let overview = Overview::of(&parts.headers);
+        let plain = headers::framing_is_plain(&parts.headers, &overview);
         // RFC 9112 section 6.1: where a length came with a coding, nothing that
         // follows on the connection is to be trusted.
-        let mut last = !plain || may_have_length && parts.headers.contains_key(TRANSFER_ENCODING);
+        let mut last = !plain || may_have_length && overview.has(Names::TRANSFER_ENCODING);
         async move {
             let admitted = if self.metrics.in_flight.get() > self.most_in_flight() {
                 // One connection of HTTP/2 may carry many.
                 Err(Code::Connections.into())
             } else if plain {
-                self.admit(&parts, &body, &mut report).await
+                self.admit(&parts, &overview, &body, &mut report).await
             } else {
                 Err(Code::BadRequest.into())
             };
             let mut response = match admitted {
                 Ok(admitted) => {
-                    self.forward((parts, body), admitted, report, active, &exchange)
+                    let request = (parts, overview, body);
+                    self.forward(request, admitted, report, active, &exchange)
                         .await
                 }
                 Err(own) => {
                     // A client that waits for leave to send its body will not send it,
                     // nor can it be told whether it does.
-                    if parts.headers.contains_key(EXPECT) {
+                    if overview.has(Names::EXPECT) {
                         last |= !over_http2 && !body.is_end_stream();
                     } else {
                         upload::discard(body, Some(exchange.hold()));
@@ -140,6 +140,7 @@ impl Proxy {
     async fn admit(
         &self,
         parts: &Parts,
+        overview: &Overview,
         body: &Incoming,
         report: &mut Report,
     ) -> Result<(Grant, Box<str>), Own> {
@@ -147,7 +148,7 @@ impl Proxy {
             .uri
             .path_and_query()
             .map_or(0, |target| target.as_str().len());
-        if headers::size(target, &parts.headers) > self.limits.header {
+        if target + 16 + overview.size > self.limits.header {
             return Err(Code::HeadersTooLarge.into());
         }
         // RFC 9110 section 9.3.8: TRACE would show the credential to the client.
@@ -158,7 +159,7 @@ impl Proxy {
         if parts.uri.authority().is_some() && parts.uri.scheme().is_none() {
             return Err(Code::BadRequest.into());
         }
-        let key = match headers::client_key(&parts.headers) {
+        let key = match headers::client_key(&parts.headers, overview) {
             GivenKey::One(key) => key,
             GivenKey::None => return Err(Code::NoKeyGiven.into()),
             GivenKey::Two => return Err(Code::TwoKeys.into()),
@@ -213,31 +214,32 @@ impl Proxy {
 
     fn forward<'a>(
         &'a self,
-        (parts, body): (Parts, Incoming),
+        (parts, overview, body): (Parts, Overview, Incoming),
         (grant, key): (Grant, Box<str>),
         mut report: Report,
         active: Active,
         exchange: &'a Arc<Exchange>,
     ) -> impl Future<Output = Response<Reply>> + Send + use<'a> {
         report.granted(&grant);
-        let mut headers = parts.headers;
-        let expects_continue = expects_continue(&headers);
-        let mut order = Order {
+        let (mut headers, mut extensions) = (parts.headers, parts.extensions);
+        let expects_continue = overview.has(Names::EXPECT) && expects_continue(&headers);
+        if overview.has(Names::OTHER_HOP_BY_HOP) {
+            extensions.remove::<hyper::upgrade::OnUpgrade>();
+        }
+        let order = Order {
             method: parts.method,
             target: parts.uri,
-            takes_trailers: headers::prepare(&mut headers),
-            headers,
-            extensions: parts.extensions,
+            takes_trailers: headers::prepare(&mut headers, &overview),
+            overview,
             upload: Upload::new(body, &self.uploads, exchange),
-            who: self.lender.accounts.key(key.as_bytes()),
             key,
             expects_continue,
             over_http2: parts.version == Version::HTTP_2,
         };
-        order.extensions.remove::<hyper::upgrade::OnUpgrade>();
+        let mut tries = Tries::new(headers, extensions);
         report.upload(&order.upload);
         async move {
-            let outcome = self.exchange(&order, grant, &mut report).await;
+            let outcome = self.exchange(&order, &mut tries, grant, &mut report).await;
             let turn = order.over_http2.then(|| Turn::begin(exchange));
             let withheld = order.expects_continue && order.upload.is_withheld();
             let mut response = match outcome {
@@ -264,9 +266,6 @@ impl Proxy {
         order.upload.forget();
         report.answered(response.status().as_u16());
         let (mut parts, body) = response.into_parts();
-        headers::strip_hop_by_hop(&mut parts.headers);
-        // It says that an answer is the forwarder's own.
-        parts.headers.remove(CODE_HEADER);
         parts.version = Version::HTTP_11;
         let bounds = Bounds {
             silence: self.stream_timeout,
@@ -281,6 +280,7 @@ impl Proxy {
     async fn exchange(
         &self,
         order: &Order,
+        tries: &mut Tries,
         mut grant: Grant,
         report: &mut Report,
     ) -> Result<Response<Download>, Own> {
@@ -289,12 +289,14 @@ impl Proxy {
         loop {
             let account = Arc::clone(&grant.lease.account);
             let sent_at = self.now();
-            match self.send(order, &grant).await {
+            let mut plain = true;
+            let sent = self.send(order, tries, &grant).await.map(|mut response| {
+                plain = headers::prepare_answer(response.headers_mut());
+                response
+            });
+            match sent {
                 // No upgrade was asked for, nor a coding that would be lost on the way.
-                Ok(response)
-                    if response.status() == StatusCode::SWITCHING_PROTOCOLS
-                        || !headers::framing_is_plain(response.headers()) =>
-                {
+                Ok(response) if response.status() == StatusCode::SWITCHING_PROTOCOLS || !plain => {
                     return Err(Code::Upstream.into());
                 }
                 Ok(response)
@@ -302,7 +304,7 @@ impl Proxy {
                 {
                     account.well(self.now());
                     if let Some(charge) = tried.charge {
-                        charge.prove(order.who);
+                        charge.prove(self.who(order));
                     }
                     return Ok(response);
                 }
@@ -363,11 +365,16 @@ impl Proxy {
         }
     }
 
-    async fn send(&self, order: &Order, grant: &Grant) -> Result<Response<Download>, SendError> {
+    async fn send(
+        &self,
+        order: &Order,
+        tries: &mut Tries,
+        grant: &Grant,
+    ) -> Result<Response<Download>, SendError> {
         // A connection that was closed while it was idle is found out on use.
         for unsent in 0..MOST_UNSENT {
             let channel = self.upstream.channel(unsent > 0).await?;
-            let request = |http2| self.request(order, grant, http2);
+            let request = |http2| self.request(order, tries, grant, http2);
             match self.upstream.send(channel, request, &order.upload).await {
                 Err(SendError::Unsent) => {}
                 outcome => return outcome,
@@ -380,6 +387,7 @@ impl Proxy {
     fn request(
         &self,
         order: &Order,
+        tries: &mut Tries,
         grant: &Grant,
         http2: bool,
     ) -> Result<Request<UploadBody>, SendError> {
@@ -391,14 +399,15 @@ impl Proxy {
             .base
             .join(&order.target, http2)
             .ok_or(SendError::Target)?;
-        *request.headers_mut() = order.headers.clone();
-        // They hold the case of the headers' names.
-        *request.extensions_mut() = order.extensions.clone();
+        let (headers, extensions) = tries.next();
+        *request.headers_mut() = headers;
+        *request.extensions_mut() = extensions;
         let headers = request.headers_mut();
+        let (overview, takes_trailers) = (&order.overview, order.takes_trailers);
         if http2 {
-            headers::for_http2(headers, order.takes_trailers);
+            headers::for_http2(headers, overview, takes_trailers);
         } else {
-            headers::for_http1(headers, &self.base.host, order.takes_trailers);
+            headers::for_http1(headers, overview, &self.base.host, takes_trailers);
         }
         headers::put_credential(headers, grant.lease.scheme, grant.lease.credential.clone());
         // The library sends the body of a GET only where something announces it.
@@ -434,11 +443,11 @@ impl Proxy {
         }
         // Or it has been found that the account is not at fault.
         let now = self.now();
-        if account.cooled_since(sent_at) || self.lender.accounts.is_suspect(order.who, now) {
+        if account.cooled_since(sent_at) || self.lender.accounts.is_suspect(self.who(order), now) {
             return Replacement::Innocent;
         }
-        let units = account.refused(order.who, now);
-        self.lender.accounts.doubt(order.who, DOUBT, now);
+        let units = account.refused(self.who(order), now);
+        self.lender.accounts.doubt(self.who(order), DOUBT, now);
         let charge = Charge {
             lender: self.lender.clone(),
             account: Some(Arc::clone(account)),
@@ -468,11 +477,14 @@ impl Proxy {
 
     /// A second account has refused the request too: it may well be the request.
     fn refused_by_two(&self, order: &Order, second: &Account, charge: Option<Charge>) {
-        second.refused_too(order.who);
+        second.refused_too(self.who(order));
         match charge {
             // Without a verdict, it falls.
             Some(charge) => drop(charge),
-            None => self.lender.accounts.doubt(order.who, DOUBT, self.now()),
+            None => self
+                .lender
+                .accounts
+                .doubt(self.who(order), DOUBT, self.now()),
         }
     }
 
@@ -480,7 +492,9 @@ impl Proxy {
     /// is at fault. The key is not to cost another account as long as this one is out.
     fn leave_unproved(&self, order: &Order, charge: Charge) {
         let span = self.cooldown_ms().max(DOUBT);
-        self.lender.accounts.doubt(order.who, span, self.now());
+        self.lender
+            .accounts
+            .doubt(self.who(order), span, self.now());
         charge.stand();
     }
 
@@ -491,13 +505,13 @@ impl Proxy {
         // A key that has cost one account must have got an answer before it costs the next.
         // What happens before anything is sent, or for want of time, is no account's doing.
         let its_own = matches!(error, SendError::Broke | SendError::Garbage);
-        if grant.lease.bound || !its_own || accounts.is_suspect(order.who, now) {
+        if grant.lease.bound || !its_own || accounts.is_suspect(self.who(order), now) {
             return false;
         }
         let Some(units) = accounts.failed(account, self.cooldown_ms(), now) else {
             return false;
         };
-        accounts.doubt(order.who, self.cooldown_ms(), now);
+        accounts.doubt(self.who(order), self.cooldown_ms(), now);
         self.cool(account, units, "connections to the upstream keep failing")
             .await
     }
@@ -539,6 +553,11 @@ impl Proxy {
             self.complained_at.store(now.max(1), Ordering::Relaxed);
         }
         may
+    }
+
+    /// A request's key, as the rules for accounts tell keys apart.
+    fn who(&self, order: &Order) -> u64 {
+        self.lender.accounts.key(order.key.as_bytes())
     }
 
     fn now(&self) -> u64 {
