@@ -281,34 +281,42 @@ impl Proxy {
         &self,
         order: &Order,
         tries: &mut Tries,
-        mut grant: Grant,
+        grant: Grant,
         report: &mut Report,
     ) -> Result<Response<Download>, Own> {
+        let sent_at = self.now();
+        match self.attempt(order, tries, &grant).await {
+            Outcome::Answered(response) => Ok(response),
+            // Seldom, so boxed: its room would be carried from step to step.
+            outcome => {
+                let again = self.exchange_again(order, tries, grant, report, outcome, sent_at);
+                Box::pin(again).await
+            }
+        }
+    }
+
+    /// The same after a first try that has not brought an answer.
+    async fn exchange_again(
+        &self,
+        order: &Order,
+        tries: &mut Tries,
+        mut grant: Grant,
+        report: &mut Report,
+        mut outcome: Outcome,
+        mut sent_at: u64,
+    ) -> Result<Response<Download>, Own> {
         let mut tried = Tried::default();
-        // What is seldom done is boxed: its room would be carried from step to step.
         loop {
             let account = Arc::clone(&grant.lease.account);
-            let sent_at = self.now();
-            let mut plain = true;
-            let sent = self.send(order, tries, &grant).await.map(|mut response| {
-                plain = headers::prepare_answer(response.headers_mut());
-                response
-            });
-            match sent {
-                // No upgrade was asked for, nor a coding that would be lost on the way.
-                Ok(response) if response.status() == StatusCode::SWITCHING_PROTOCOLS || !plain => {
-                    return Err(Code::Upstream.into());
-                }
-                Ok(response)
-                    if response.status() != StatusCode::UNAUTHORIZED || grant.lease.bound =>
-                {
-                    account.well(self.now());
+            match outcome {
+                Outcome::Answered(response) => {
                     if let Some(charge) = tried.charge {
                         charge.prove(self.who(order));
                     }
                     return Ok(response);
                 }
-                Ok(response) => {
+                Outcome::Unfit => return Err(Code::Upstream.into()),
+                Outcome::Refused(response) => {
                     self.metrics.upstream_error(&account.name, "401");
                     if tried.another_account {
                         self.refused_by_two(order, &account, tried.charge);
@@ -335,9 +343,9 @@ impl Proxy {
                     }
                     self.metrics.failovers.inc();
                 }
-                Err(SendError::Upload(fault)) => return Err(of_fault(fault).into()),
-                Err(SendError::Target) => return Err(Code::BadRequest.into()),
-                Err(error) => {
+                Outcome::Failed(SendError::Upload(fault)) => return Err(of_fault(fault).into()),
+                Outcome::Failed(SendError::Target) => return Err(Code::BadRequest.into()),
+                Outcome::Failed(error) => {
                     self.metrics.upstream_error(&account.name, error.name());
                     let failed = self.connection_failed(order, &grant, error);
                     let cooled = Box::pin(failed).await;
@@ -362,6 +370,27 @@ impl Proxy {
                 }
             }
             report.granted(&grant);
+            sent_at = self.now();
+            outcome = self.attempt(order, tries, &grant).await;
+        }
+    }
+
+    /// Sends the request once.
+    async fn attempt(&self, order: &Order, tries: &mut Tries, grant: &Grant) -> Outcome {
+        let mut response = match self.send(order, tries, grant).await {
+            Ok(response) => response,
+            Err(error) => return Outcome::Failed(error),
+        };
+        let plain = headers::prepare_answer(response.headers_mut());
+        match response.status() {
+            // No upgrade was asked for, nor a coding that would be lost on the way.
+            _ if !plain => Outcome::Unfit,
+            StatusCode::SWITCHING_PROTOCOLS => Outcome::Unfit,
+            StatusCode::UNAUTHORIZED if !grant.lease.bound => Outcome::Refused(response),
+            _ => {
+                grant.lease.account.well(self.now());
+                Outcome::Answered(response)
+            }
         }
     }
 
@@ -563,6 +592,16 @@ impl Proxy {
     fn now(&self) -> u64 {
         u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
+}
+
+/// What one try has come to.
+enum Outcome {
+    Answered(Response<Download>),
+    /// With 401, which speaks against the account.
+    Refused(Response<Download>),
+    /// The answer can't be passed on.
+    Unfit,
+    Failed(SendError),
 }
 
 /// What has been done for a request already.

@@ -26,19 +26,16 @@ pub struct Reply {
     _active: Active,
 }
 
-#[expect(
-    clippy::large_enum_variant,
-    reason = "the large one is nearly all there is"
-)]
 enum Source {
-    Upstream(Relay),
+    /// Boxed, as an answer is handed on from one place to the next many times.
+    Upstream(Box<Relay>),
     Own(Full<Bytes>),
 }
 
 impl Reply {
     pub fn upstream(relay: Relay, active: Active, turn: Option<Turn>) -> Self {
         Self {
-            body: Source::Upstream(relay),
+            body: Source::Upstream(Box::new(relay)),
             turn,
             _active: active,
         }
