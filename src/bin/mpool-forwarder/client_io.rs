@@ -136,40 +136,59 @@ impl Drop for Turn {
     }
 }
 
-const LENGTH: &[u8] = b"content-length";
+const LENGTH: &[u8; 14] = b"content-length";
+/// As much of what came before as may hold all of the name but its end.
+const REST: usize = LENGTH.len() - 1;
 
 /// Looks for a Content-Length in a head as it comes, in however many pieces.
 #[derive(Debug, Default)]
 struct HeadScan {
     found: bool,
-    /// The last bytes so far, too few to hold the name.
-    tail: SmallVec<[u8; 32]>,
+    begun: bool,
+    /// The last bytes so far; zeros where there are fewer.
+    tail: [u8; REST],
 }
 
 impl HeadScan {
     /// Whether there has been one by the end of this piece.
     fn sees(&mut self, piece: &[u8]) -> bool {
-        const REST: usize = LENGTH.len() - 1;
-        let border = piece.get(..REST).unwrap_or(piece);
-        self.tail.extend_from_slice(border);
-        self.found |= names_length(&self.tail) || names_length(piece);
-        if piece.len() > REST {
-            self.tail.clear();
-            self.tail
-                .extend_from_slice(piece.get(piece.len() - REST..).unwrap_or_default());
+        self.found |= names_length(piece);
+        let border: SmallVec<[u8; 2 * REST]> = if self.begun {
+            let begin = piece.get(..REST).unwrap_or(piece);
+            self.tail.iter().chain(begin).copied().collect()
         } else {
-            let surplus = self.tail.len().saturating_sub(REST);
-            self.tail.drain(..surplus);
+            SmallVec::new()
+        };
+        self.found |= names_length(&border);
+        self.begun = true;
+        if let Some(tail) = piece.last_chunk().or_else(|| border.last_chunk()) {
+            self.tail = *tail;
+        } else {
+            let kept = self.tail.len() - piece.len();
+            if let Some((_, end)) = self.tail.split_at_mut_checked(kept) {
+                end.copy_from_slice(piece);
+            }
         }
         self.found
     }
 }
 
 fn names_length(head: &[u8]) -> bool {
-    memchr::memchr_iter(b'-', head).any(|at| {
-        let start = at.checked_sub(7);
-        let name = start.and_then(|start| head.get(start..start + LENGTH.len()));
-        name.is_some_and(|name| name.eq_ignore_ascii_case(LENGTH))
+    may_name_length(head)
+        && memchr::memchr_iter(b'-', head).any(|at| {
+            let start = at.checked_sub(7);
+            let name = start.and_then(|start| head.get(start..start + LENGTH.len()));
+            name.is_some_and(|name| name.eq_ignore_ascii_case(LENGTH))
+        })
+}
+
+/// Whether the middle of the name is there. Without a branch for each byte, many
+/// bytes are looked at in one go.
+fn may_name_length(head: &[u8]) -> bool {
+    let after = |count| head.get(count..).unwrap_or_default();
+    let threes = head.iter().zip(after(1)).zip(after(2));
+    threes.fold(false, |seen, ((first, second), third)| {
+        seen | ((*first == b'-') & (second | 0x20 == b'l') & (third | 0x20 == b'e'))
     })
 }
 

@@ -10,6 +10,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 use std::fmt::{self, Write};
+use std::sync::OnceLock;
 
 /// Upper bounds of the time buckets, in seconds.
 const WAITS: [f64; 14] = [
@@ -51,6 +52,8 @@ impl EncodeLabelValue for Word {
 pub struct Metrics {
     registry: Registry,
     requests: Family<Answered, Counter>,
+    /// The one of them that nearly all are: the upstream's answers of status 200.
+    usual: OnceLock<Counter>,
     broken: Family<Ended, Counter>,
     pub in_flight: Gauge,
     pub connections: Gauge,
@@ -68,6 +71,7 @@ impl Metrics {
         let mut registry = Registry::with_prefix("mpool");
         let metrics = Self {
             requests: Family::default(),
+            usual: OnceLock::new(),
             broken: Family::default(),
             in_flight: Gauge::default(),
             connections: Gauge::default(),
@@ -145,10 +149,14 @@ impl Metrics {
 
     pub fn finished(&self, status: u16, code: Option<Code>, end: End) {
         self.in_flight.dec();
-        let code = Word(code.map_or("", Code::name));
-        self.requests
-            .get_or_create(&Answered { status, code })
-            .inc();
+        let name = Word(code.map_or("", Code::name));
+        let label = Answered { status, code: name };
+        if status == 200 && code.is_none() {
+            let usual = || self.requests.get_or_create_owned(&label);
+            self.usual.get_or_init(usual).inc();
+        } else {
+            self.requests.get_or_create(&label).inc();
+        }
         if end != End::Whole {
             self.broken
                 .get_or_create(&Ended {

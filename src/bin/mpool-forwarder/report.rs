@@ -38,39 +38,45 @@ impl End {
 /// The account of one request; it is closed when it is dropped.
 pub struct Report {
     metrics: Arc<Metrics>,
+    upload: Option<Upload>,
+    /// What the log line says beyond the rest; nothing where no line is wanted.
+    line: Option<Box<Line>>,
+    started: Instant,
+    status: u16,
+    code: Option<Code>,
+    sent: u64,
+    end: End,
+}
+
+struct Line {
     method: Method,
     /// Copied, as a piece of the head would keep the whole head in memory.
     path: Box<str>,
     /// In full; only ever shown masked.
     key: Option<Box<str>>,
-    upload: Option<Upload>,
-    started: Instant,
     first_byte: Option<Duration>,
-    status: u16,
-    code: Option<Code>,
     account: Option<(Arc<Account>, State)>,
-    sent: u64,
-    end: End,
 }
 
 impl Report {
     pub fn begin(metrics: &Arc<Metrics>, method: &Method, uri: &Uri) -> Self {
         metrics.in_flight.inc();
+        let line = || {
+            Box::new(Line {
+                method: method.clone(),
+                path: uri.path().into(),
+                key: None,
+                first_byte: None,
+                account: None,
+            })
+        };
         Self {
             metrics: Arc::clone(metrics),
-            method: method.clone(),
-            path: if lines_are_wanted() {
-                uri.path().into()
-            } else {
-                Box::default()
-            },
-            key: None,
             upload: None,
+            line: lines_are_wanted().then(line),
             started: Instant::now(),
-            first_byte: None,
             status: CLIENT_WENT,
             code: None,
-            account: None,
             sent: 0,
             end: End::ClientGone,
         }
@@ -83,8 +89,8 @@ impl Report {
 
     /// Whose request it is.
     pub fn key(&mut self, key: &[u8]) {
-        if lines_are_wanted() {
-            self.key = Some(String::from_utf8_lossy(key).into());
+        if let Some(line) = &mut self.line {
+            line.key = Some(String::from_utf8_lossy(key).into());
         }
     }
 
@@ -93,15 +99,19 @@ impl Report {
     }
 
     pub fn granted(&mut self, grant: &Grant) {
-        self.account = Some((Arc::clone(&grant.lease.account), grant.state));
+        if let Some(line) = &mut self.line {
+            line.account = Some((Arc::clone(&grant.lease.account), grant.state));
+        }
     }
 
     /// The upstream's head is on its way to the client.
     pub fn answered(&mut self, status: u16) {
         let elapsed = self.started.elapsed();
-        self.first_byte = Some(elapsed);
         self.status = status;
         self.metrics.first_byte.observe(elapsed.as_secs_f64());
+        if let Some(line) = &mut self.line {
+            line.first_byte = Some(elapsed);
+        }
     }
 
     /// The answer is one of the forwarder's own.
@@ -129,31 +139,31 @@ impl Drop for Report {
             upload.close();
         }
         self.metrics.finished(self.status, self.code, self.end);
-        if lines_are_wanted() {
-            self.log();
+        if let Some(line) = &self.line {
+            self.log(line);
         }
     }
 }
 
 impl Report {
-    fn log(&self) {
+    fn log(&self, line: &Line) {
         // None is longer; what is may be anything.
-        let method = Some(self.method.as_str())
+        let method = Some(line.method.as_str())
             .filter(|name| name.len() <= 16)
             .unwrap_or("?");
         let path = Path {
-            path: &self.path,
-            key: self.key.as_deref(),
+            path: &line.path,
+            key: line.key.as_deref(),
         };
         let received = self.upload.as_ref().map_or(0, Upload::received);
         let total = self.started.elapsed();
-        let first_byte = self.first_byte.unwrap_or(total);
-        let account = self
+        let first_byte = line.first_byte.unwrap_or(total);
+        let account = line
             .account
             .as_ref()
             .map_or("-", |(account, _)| &account.name);
-        let state = self.account.as_ref().map_or("-", |(_, state)| state.name());
-        let key = self.key.as_deref().map_or_else(|| "-".into(), mask);
+        let state = line.account.as_ref().map_or("-", |(_, state)| state.name());
+        let key = line.key.as_deref().map_or_else(|| "-".into(), mask);
         let (ttfb_ms, total_ms) = (ms(first_byte), ms(total));
         let error = self.code.map(Code::name);
         let end = (self.end != End::Whole).then(|| self.end.name());
