@@ -15,17 +15,17 @@ use crate::patience::Patience;
 use crate::upload::{Fault, Upload, UploadBody};
 use bytes::Bytes;
 use clap::ValueEnum;
-use futures_util::future::{BoxFuture, Either, FutureExt};
+use futures_util::future::{BoxFuture, FutureExt};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
-use hyper::client::conn::{http1, http2};
+use hyper::client::conn::{TrySendError, http1, http2};
 use hyper::{Request, Response, Uri};
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder, MaybeHttpsStream};
 use hyper_util::client::legacy::connect::{Connection, HttpConnector};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use std::error::Error;
 use std::future::{Future, poll_fn};
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, Waker, ready};
@@ -135,9 +135,16 @@ pub struct Http1 {
 impl Http1 {
     /// Whether it can take a request, as far as has come to be known.
     fn is_free(&mut self) -> bool {
-        let cx = &mut Context::from_waker(Waker::noop());
-        drive(&mut self.connection, cx);
+        self.drive(&mut Context::from_waker(Waker::noop()));
         self.sender.is_ready()
+    }
+
+    fn drive(&mut self, cx: &mut Context<'_>) {
+        if let Some(going) = &mut self.connection
+            && going.as_mut().poll(cx).is_ready()
+        {
+            self.connection = None;
+        }
     }
 
     /// It is to go on by itself.
@@ -148,13 +155,8 @@ impl Http1 {
     }
 }
 
-fn drive(connection: &mut Option<BoxFuture<'static, ()>>, cx: &mut Context<'_>) {
-    if let Some(going) = connection
-        && going.as_mut().poll(cx).is_ready()
-    {
-        *connection = None;
-    }
-}
+/// A request that waits for its answer's head. Boxed, as it keeps room for the request.
+type Sending = BoxFuture<'static, Result<Response<Incoming>, TrySendError<Request<UploadBody>>>>;
 
 struct Multiplexed {
     sender: http2::SendRequest<UploadBody>,
@@ -176,6 +178,20 @@ pub enum Channel {
 impl Channel {
     const fn is_http2(&self) -> bool {
         matches!(self, Self::Http2(..))
+    }
+
+    fn begin(&mut self, request: Request<UploadBody>) -> Sending {
+        match self {
+            Self::Http1(http1) => http1.sender.try_send_request(request).boxed(),
+            Self::Http2(sender, _) => sender.try_send_request(request).boxed(),
+        }
+    }
+
+    /// Makes it go on, where no task of its own does.
+    fn drive(&mut self, cx: &mut Context<'_>) {
+        if let Self::Http1(http1) = self {
+            http1.drive(cx);
+        }
     }
 }
 
@@ -262,38 +278,56 @@ impl Upstream {
     }
 
     /// Sends a request, in the form that the connection's protocol asks for
-    /// (whether it is HTTP/2), and waits for the answer's head.
+    /// (whether it is HTTP/2), and waits for the answer's head, but not for ever.
+    ///
+    /// No async fn: it would keep room for its arguments beside what becomes of them.
     ///
     /// # Errors
     /// [`SendError`]. Dropping the future drops the request.
-    pub async fn send(
+    pub fn send(
         &self,
         mut channel: Channel,
         request: impl FnOnce(bool) -> Result<Request<UploadBody>, SendError>,
         upload: &Upload,
-    ) -> Result<Response<Download>, SendError> {
-        let request = request(channel.is_http2())?;
-        let (sending, connection) = match &mut channel {
-            Channel::Http1(Http1 { sender, connection }) => {
-                let sending = sender.try_send_request(request);
-                (Either::Left(sending), connection)
+    ) -> impl Future<Output = Result<Response<Download>, SendError>> + Send {
+        let sending = request(channel.is_http2()).map(|request| channel.begin(request));
+        async move {
+            let mut sending = sending?;
+            let shared = &self.0;
+            let mut deadline = Instant::now() + shared.response_timeout;
+            let mut patience = Patience::shared();
+            let outcome = poll_fn(|cx| {
+                channel.drive(cx);
+                if let Poll::Ready(outcome) = sending.as_mut().poll(cx) {
+                    return Poll::Ready(Ok(outcome));
+                }
+                loop {
+                    ready!(patience.poll(deadline, cx));
+                    // The upstream's time begins when it has the whole request, as
+                    // long as it takes it.
+                    let now = Instant::now();
+                    let moved = upload
+                        .last_heard()
+                        .map(|last| last + shared.response_timeout);
+                    match moved.filter(|later| *later > now) {
+                        Some(later) => deadline = later,
+                        None => return Poll::Ready(Err(SendError::Timeout)),
+                    }
+                }
+            })
+            .await?;
+            let response = outcome.map_err(|mut error| match error.take_message() {
+                Some(_) => SendError::Unsent,
+                None => classify(error.error(), upload),
+            })?;
+            if let Channel::Http1(http1) = &mut channel
+                && !upload.is_sent()
+            {
+                // The client may read nothing of the answer before all of its body is taken.
+                http1.detach();
             }
-            Channel::Http2(sender, _) => {
-                (Either::Right(sender.try_send_request(request)), &mut None)
-            }
-        };
-        let outcome = self.0.wait(pin!(sending), connection, upload).await?;
-        let response = outcome.map_err(|mut error| match error.take_message() {
-            Some(_) => SendError::Unsent,
-            None => classify(error.error(), upload),
-        })?;
-        if let Channel::Http1(http1) = &mut channel
-            && !upload.is_sent()
-        {
-            // The client may read nothing of the answer before all of its body is taken.
-            http1.detach();
+            Ok(response.map(|body| Download::new(body, channel, shared)))
         }
-        Ok(response.map(|body| Download::new(body, channel, &self.0)))
     }
 }
 
@@ -370,35 +404,6 @@ impl Shared {
             polled
         }));
         Ok(Channel::Http2(sender, streams))
-    }
-
-    /// Waits for an answer, but not for ever.
-    async fn wait<T>(
-        &self,
-        mut sending: Pin<&mut impl Future<Output = T>>,
-        connection: &mut Option<BoxFuture<'static, ()>>,
-        upload: &Upload,
-    ) -> Result<T, SendError> {
-        let mut deadline = Instant::now() + self.response_timeout;
-        let mut patience = Patience::shared();
-        poll_fn(|cx| {
-            drive(connection, cx);
-            if let Poll::Ready(outcome) = sending.as_mut().poll(cx) {
-                return Poll::Ready(Ok(outcome));
-            }
-            loop {
-                ready!(patience.poll(deadline, cx));
-                // The upstream's time begins when it has the whole request, as
-                // long as it takes it.
-                let now = Instant::now();
-                let moved = upload.last_heard().map(|last| last + self.response_timeout);
-                match moved.filter(|later| *later > now) {
-                    Some(later) => deadline = later,
-                    None => return Poll::Ready(Err(SendError::Timeout)),
-                }
-            }
-        })
-        .await
     }
 
     fn keep(&self, http1: Http1) {
@@ -515,7 +520,7 @@ impl Body for Download {
         if polled.is_pending()
             && let Some((Channel::Http1(http1), _)) = &mut this.channel
         {
-            drive(&mut http1.connection, cx);
+            http1.drive(cx);
             polled = Pin::new(&mut this.body).poll_frame(cx);
         }
         if let Poll::Ready(Some(Err(error))) = polled {
