@@ -406,13 +406,11 @@ impl Shared {
         Ok(Channel::Http2(sender, streams))
     }
 
-    fn keep(&self, http1: Http1) {
+    /// Keeps a connection that was looked at `since` for the next request.
+    fn keep(&self, http1: Http1, since: Instant) {
         let mut idle = lock(&self.idle);
         if idle.len() < MAX_IDLE {
-            idle.push(Idle {
-                http1,
-                since: Instant::now(),
-            });
+            idle.push(Idle { http1, since });
         }
     }
 }
@@ -459,6 +457,8 @@ pub struct Download {
     channel: Option<(Channel, Weak<Shared>)>,
     /// Why it has broken off, to be told the next time.
     broken: Option<hyper::Error>,
+    /// When its head came: the connection went on then.
+    headed: Instant,
     /// Bytes handed over in this turn of the task.
     turn: usize,
 }
@@ -469,6 +469,7 @@ impl Download {
             body,
             channel: Some((channel, Arc::downgrade(shared))),
             broken: None,
+            headed: Instant::now(),
             turn: 0,
         };
         if download.body.is_end_stream() {
@@ -477,13 +478,22 @@ impl Download {
         download
     }
 
+    /// Gives the connection back. It need not go on for that where it was found
+    /// to be free when the head came, this moment, as all of a short answer comes then.
     fn release(&mut self) {
         let Some((Channel::Http1(mut http1), shared)) = self.channel.take() else {
             return;
         };
-        if http1.is_free() {
+        let now = Instant::now();
+        let this_moment = now.saturating_duration_since(self.headed) < MOMENT;
+        let since = if this_moment && http1.sender.is_ready() {
+            Some(self.headed)
+        } else {
+            http1.is_free().then_some(now)
+        };
+        if let Some(since) = since {
             if let Some(shared) = shared.upgrade() {
-                shared.keep(http1);
+                shared.keep(http1, since);
             }
         } else if !http1.sender.is_closed() {
             // The request is still on its way.
@@ -491,7 +501,7 @@ impl Download {
             tokio::spawn(async move {
                 let ready = tokio::time::timeout(IDLE, http1.sender.ready()).await;
                 if let (Ok(Ok(())), Some(shared)) = (ready, shared.upgrade()) {
-                    shared.keep(http1);
+                    shared.keep(http1, Instant::now());
                 }
             });
         }
