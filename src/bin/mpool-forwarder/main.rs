@@ -48,6 +48,7 @@ mod proxy;
 mod relay;
 mod report;
 mod resp;
+mod rooms;
 mod server;
 mod upload;
 mod upstream;

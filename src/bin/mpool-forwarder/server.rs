@@ -10,14 +10,16 @@ use crate::lender::{Lender, Seen};
 use crate::link::{Event, Link};
 use crate::metrics::Metrics;
 use crate::proxy::Proxy;
+use crate::relay::Reply;
+use crate::rooms::in_rooms;
 use crate::upload::{Budget, Rules};
 use crate::upstream::Upstream;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use hyper::Request;
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
+use hyper::{Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use std::convert::Infallible;
@@ -272,6 +274,7 @@ pub async fn work(
         began: shared.began,
         complained_at: AtomicU64::new(0),
     });
+    let serve = in_rooms(move |(request, exchange)| Arc::clone(&proxy).serve(request, exchange));
     let bounds = Bounds::new(&config.timeouts, &shared.metrics);
     let http = Arc::new(Http::new(config.limits.header, bounds));
     let graceful = GracefulShutdown::new();
@@ -281,7 +284,7 @@ pub async fn work(
             continue;
         };
         let serving = Serving {
-            proxy: Arc::clone(&proxy),
+            serve: serve.clone(),
             http: Arc::clone(&http),
             shared: Arc::clone(shared),
             watcher: graceful.watcher(),
@@ -343,9 +346,13 @@ impl Http {
     }
 }
 
+/// A request, and what it and its connection tell each other.
+type Asked = (Request<Incoming>, Arc<Exchange>);
+
 /// One connection's share of everything.
-struct Serving {
-    proxy: Arc<Proxy>,
+struct Serving<S> {
+    /// Answers a request.
+    serve: S,
     http: Arc<Http>,
     shared: Arc<Shared>,
     watcher: Watcher,
@@ -353,7 +360,11 @@ struct Serving {
     place: Place,
 }
 
-impl Serving {
+impl<S, F> Serving<S>
+where
+    S: Fn(Asked) -> F + Send + 'static,
+    F: Future<Output = Response<Reply>> + Send + Unpin + 'static,
+{
     /// A connection whose client has begun to speak.
     async fn plain(mut self, stream: TcpStream) -> Option<BoxFuture<'static, ()>> {
         let looking =
@@ -383,20 +394,18 @@ impl Serving {
 
     /// A connection to its end. No async fn: that would keep room for each step
     /// of its making for as long as the connection lives.
-    fn connection<S: Transport + Send + 'static>(
+    fn connection<T: Transport + Send + 'static>(
         self,
-        stream: S,
+        stream: T,
         http2: bool,
     ) -> BoxFuture<'static, ()> {
         let exchange = Arc::new(Exchange::default());
         let bounds = Arc::clone(&self.http.bounds);
         let client = ClientIo::new(stream, http2, Arc::clone(&exchange), bounds);
         let io = TokioIo::new(client);
-        let (proxy, place) = (self.proxy, self.place);
+        let (serve, place) = (self.serve, self.place);
         let service = service_fn(move |request: Request<Incoming>| {
-            let served = Arc::clone(&proxy).serve(request, Arc::clone(&exchange));
-            // It is large, and gone once the answer has begun.
-            Box::pin(served.map(Ok::<_, Infallible>))
+            serve((request, Arc::clone(&exchange))).map(Ok::<_, Infallible>)
         });
         // Whatever ends a connection has been reported request by request.
         if http2 {
