@@ -15,7 +15,7 @@ use crate::patience::Patience;
 use crate::upload::{Fault, Upload, UploadBody};
 use bytes::Bytes;
 use clap::ValueEnum;
-use futures_util::future::{BoxFuture, FutureExt};
+use futures_util::future::{BoxFuture, Either, FutureExt};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::client::conn::{TrySendError, http1, http2};
@@ -25,7 +25,7 @@ use hyper_util::client::legacy::connect::{Connection, HttpConnector};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use std::error::Error;
 use std::future::{Future, poll_fn};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, Waker, ready};
@@ -155,8 +155,7 @@ impl Http1 {
     }
 }
 
-/// A request that waits for its answer's head. Boxed, as it keeps room for the request.
-type Sending = BoxFuture<'static, Result<Response<Incoming>, TrySendError<Request<UploadBody>>>>;
+type Answer = Result<Response<Incoming>, TrySendError<Request<UploadBody>>>;
 
 struct Multiplexed {
     sender: http2::SendRequest<UploadBody>,
@@ -180,10 +179,13 @@ impl Channel {
         matches!(self, Self::Http2(..))
     }
 
-    fn begin(&mut self, request: Request<UploadBody>) -> Sending {
+    fn begin(
+        &mut self,
+        request: Request<UploadBody>,
+    ) -> impl Future<Output = Answer> + Send + use<> {
         match self {
-            Self::Http1(http1) => http1.sender.try_send_request(request).boxed(),
-            Self::Http2(sender, _) => sender.try_send_request(request).boxed(),
+            Self::Http1(http1) => Either::Left(http1.sender.try_send_request(request)),
+            Self::Http2(sender, _) => Either::Right(sender.try_send_request(request)),
         }
     }
 
@@ -292,7 +294,7 @@ impl Upstream {
     ) -> impl Future<Output = Result<Response<Download>, SendError>> + Send {
         let sending = request(channel.is_http2()).map(|request| channel.begin(request));
         async move {
-            let mut sending = sending?;
+            let mut sending = pin!(sending?);
             let shared = &self.0;
             let mut deadline = Instant::now() + shared.response_timeout;
             let mut patience = Patience::shared();
