@@ -18,36 +18,41 @@ use std::time::Duration;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-/// What a client is sent.
-pub struct Reply {
+/// What a client is sent. Boxed: the library hands it on from step to step.
+pub struct Reply(Box<Sent>);
+
+struct Sent {
     body: Source,
     /// Over HTTP/2, where a client may leave untaken what it likes.
     turn: Option<Turn>,
     _active: Active,
 }
 
+#[expect(
+    clippy::large_enum_variant,
+    reason = "the large one is nearly all there is"
+)]
 enum Source {
-    /// Boxed, as an answer is handed on from one place to the next many times.
-    Upstream(Box<Relay>),
+    Upstream(Relay),
     Own(Full<Bytes>),
 }
 
 impl Reply {
     pub fn upstream(relay: Relay, active: Active, turn: Option<Turn>) -> Self {
-        Self {
-            body: Source::Upstream(Box::new(relay)),
+        Self(Box::new(Sent {
+            body: Source::Upstream(relay),
             turn,
             _active: active,
-        }
+        }))
     }
 
     /// An answer of the forwarder's own.
     pub fn own(body: Full<Bytes>, active: Active, turn: Option<Turn>) -> Self {
-        Self {
+        Self(Box::new(Sent {
             body: Source::Own(body),
             turn,
             _active: active,
-        }
+        }))
     }
 }
 
@@ -272,7 +277,7 @@ impl Body for Reply {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
-        let this = self.get_mut();
+        let this = &mut *self.get_mut().0;
         let polled = match &mut this.body {
             Source::Upstream(relay) => Pin::new(relay).poll_frame(cx),
             Source::Own(body) => Pin::new(body)
@@ -286,14 +291,14 @@ impl Body for Reply {
     }
 
     fn is_end_stream(&self) -> bool {
-        match &self.body {
+        match &self.0.body {
             Source::Upstream(relay) => relay.is_end_stream(),
             Source::Own(body) => body.is_end_stream(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
-        match &self.body {
+        match &self.0.body {
             Source::Upstream(relay) => relay.size_hint(),
             Source::Own(body) => body.size_hint(),
         }
