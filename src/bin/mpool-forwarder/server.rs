@@ -15,17 +15,19 @@ use crate::rooms::in_rooms;
 use crate::upload::{Budget, Rules};
 use crate::upstream::Upstream;
 use futures_util::FutureExt;
-use futures_util::future::BoxFuture;
+use futures_util::future::{BoxFuture, FusedFuture};
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use std::convert::Infallible;
+use std::future::poll_fn;
 use std::io;
+use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::Waker;
 use std::thread;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -277,7 +279,6 @@ pub async fn work(
     let serve = in_rooms(move |(request, exchange)| Arc::clone(&proxy).serve(request, exchange));
     let bounds = Bounds::new(&config.timeouts, &shared.metrics);
     let http = Arc::new(Http::new(config.limits.header, bounds));
-    let graceful = GracefulShutdown::new();
     let (stop, stopping) = watch::channel(());
     while let Some((stream, place)) = waiting.recv().await {
         let Ok(stream) = TcpStream::from_std(stream) else {
@@ -287,7 +288,6 @@ pub async fn work(
             serve: serve.clone(),
             http: Arc::clone(&http),
             shared: Arc::clone(shared),
-            watcher: graceful.watcher(),
             stopping: stopping.clone(),
             place,
         };
@@ -303,8 +303,10 @@ pub async fn work(
             }
         });
     }
-    drop(stop);
-    graceful.shutdown().await;
+    let _ = stop.send(());
+    drop(stopping);
+    // Each connection keeps a receiver for as long as it lasts.
+    stop.closed().await;
 }
 
 /// How HTTP is spoken with clients.
@@ -355,7 +357,6 @@ struct Serving<S> {
     serve: S,
     http: Arc<Http>,
     shared: Arc<Shared>,
-    watcher: Watcher,
     stopping: watch::Receiver<()>,
     place: Place,
 }
@@ -408,18 +409,45 @@ where
             serve((request, Arc::clone(&exchange))).map(Ok::<_, Infallible>)
         });
         // Whatever ends a connection has been reported request by request.
+        let stopping = self.stopping;
         if http2 {
-            let served = self
-                .watcher
-                .watch(self.http.two.serve_connection(io, service));
-            served.map(move |_| drop(place)).boxed()
+            let connection = self.http.two.serve_connection(io, service);
+            let served = to_its_end(connection, |one| one.graceful_shutdown(), stopping);
+            served.map(move |()| drop(place)).boxed()
         } else {
-            let served = self
-                .watcher
-                .watch(self.http.one.serve_connection(io, service));
-            served.map(move |_| drop(place)).boxed()
+            let connection = self.http.one.serve_connection(io, service);
+            let served = to_its_end(connection, |one| one.graceful_shutdown(), stopping);
+            served.map(move |()| drop(place)).boxed()
         }
     }
+}
+
+/// A connection to its end, of which it is told when the server stops: what is
+/// under way is answered then, and nothing new is taken.
+async fn to_its_end<C: Future>(
+    connection: C,
+    end: impl Fn(Pin<&mut C>),
+    mut stopping: watch::Receiver<()>,
+) {
+    let told = stopping.clone();
+    let mut connection = pin!(connection);
+    let mut stopped = pin!(stopping.changed().fuse());
+    let mut asked: Option<Waker> = None;
+    poll_fn(|cx| {
+        // Asked once, it wakes this task: a look suffices then, and costs less.
+        let asks = asked
+            .as_ref()
+            .is_none_or(|waker| !waker.will_wake(cx.waker()));
+        let is_told = told.has_changed().unwrap_or(true);
+        if (asks || is_told) && !stopped.is_terminated() {
+            asked = Some(cx.waker().clone());
+            if stopped.as_mut().poll(cx).is_ready() {
+                end(connection.as_mut());
+            }
+        }
+        connection.as_mut().poll(cx).map(drop)
+    })
+    .await;
 }
 
 /// Looks at the first bytes and leaves them there.
