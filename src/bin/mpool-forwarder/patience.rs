@@ -4,7 +4,7 @@
 use std::cell::RefCell;
 use std::future::Future;
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 use tokio::time::{Instant, Sleep, sleep_until};
 
 /// Timers kept for the next request by each thread.
@@ -19,6 +19,8 @@ thread_local! {
 #[derive(Debug, Default)]
 pub struct Patience {
     timer: Option<Pin<Box<Sleep>>>,
+    /// Whom the timer wakes, where that is the same from one look to the next.
+    wakes: Option<Waker>,
     shared: bool,
 }
 
@@ -27,6 +29,7 @@ impl Patience {
     pub const fn new() -> Self {
         Self {
             timer: None,
+            wakes: None,
             shared: false,
         }
     }
@@ -36,6 +39,7 @@ impl Patience {
     pub const fn shared() -> Self {
         Self {
             timer: None,
+            wakes: None,
             shared: true,
         }
     }
@@ -53,12 +57,21 @@ impl Patience {
         });
         if timer.deadline() > deadline {
             timer.as_mut().reset(deadline);
+        } else if !timer.is_elapsed()
+            // It wakes this task already.
+            && let Some(waker) = &self.wakes
+            && waker.will_wake(cx.waker())
+        {
+            return Poll::Pending;
         }
         while timer.as_mut().poll(cx).is_ready() {
             if Instant::now() >= deadline {
                 return Poll::Ready(());
             }
             timer.as_mut().reset(deadline);
+        }
+        if !shared {
+            self.wakes = Some(cx.waker().clone());
         }
         Poll::Pending
     }
@@ -103,6 +116,27 @@ mod tests {
             })
             .await;
             assert!(Instant::now() >= begin + Duration::from_secs(15));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn whoever_has_asked_last_is_woken() {
+        for mut patience in [Patience::new(), Patience::shared()] {
+            let deadline = Instant::now() + Duration::from_secs(10);
+            let nobody = &mut Context::from_waker(Waker::noop());
+            let mut looks = 0;
+            poll_fn(|cx| {
+                looks += 1;
+                if looks == 1 {
+                    assert!(patience.poll(deadline, nobody).is_pending());
+                    assert!(patience.poll(deadline, cx).is_pending());
+                    assert!(patience.poll(deadline, nobody).is_pending());
+                }
+                patience.poll(deadline, cx)
+            })
+            .await;
+            assert_eq!(looks, 2);
+            assert!(Instant::now() >= deadline);
         }
     }
 
