@@ -55,6 +55,13 @@ struct Order {
     over_http2: bool,
 }
 
+/// Whose a request is, and what it got at what time.
+struct Admitted {
+    grant: Grant,
+    key: Box<str>,
+    at: Instant,
+}
+
 /// An answer of the forwarder's own.
 #[derive(Clone, Copy)]
 struct Own {
@@ -143,7 +150,7 @@ impl Proxy {
         overview: &Overview,
         body: &Incoming,
         report: &mut Report,
-    ) -> Result<(Grant, Box<str>), Own> {
+    ) -> Result<Admitted, Own> {
         let target = parts
             .uri
             .path_and_query()
@@ -169,15 +176,19 @@ impl Proxy {
             return Err(Code::BodyTooLarge.into());
         }
         let key: Box<str> = lender::client_key(key).ok_or(Code::NoKey)?.into();
-        let grant = match self.lender.look(&key, report.started()) {
+        let (grant, at) = match self.lender.look(&key, report.started()) {
             Look::Lease(grant) => {
                 self.metrics.known.inc();
                 log_lease(&grant);
-                grant
+                // Not read twice: a look takes no time.
+                (grant, report.started())
             }
-            look => self.acquire(&key, look, report.started()).await?,
+            look => {
+                let grant = self.acquire(&key, look, report.started()).await?;
+                (grant, Instant::now())
+            }
         };
-        Ok((grant, key))
+        Ok(Admitted { grant, key, at })
     }
 
     /// The account for a key, as Redis has it now.
@@ -215,7 +226,7 @@ impl Proxy {
     fn forward<'a>(
         &'a self,
         (parts, overview, body): (Parts, Overview, Incoming),
-        (grant, key): (Grant, Box<str>),
+        Admitted { grant, key, at }: Admitted,
         mut report: Report,
         active: Active,
         exchange: &'a Arc<Exchange>,
@@ -239,7 +250,9 @@ impl Proxy {
         let mut tries = Tries::new(headers, extensions);
         report.upload(&order.upload);
         async move {
-            let outcome = self.exchange(&order, &mut tries, grant, &mut report).await;
+            let outcome = self
+                .exchange(&order, &mut tries, grant, at, &mut report)
+                .await;
             let turn = order.over_http2.then(|| Turn::begin(exchange));
             let withheld = order.expects_continue && order.upload.is_withheld();
             let mut response = match outcome {
@@ -264,7 +277,7 @@ impl Proxy {
         turn: Option<Turn>,
     ) -> Response<Reply> {
         order.upload.forget();
-        report.answered(response.status().as_u16());
+        report.answered(response.status().as_u16(), response.body().headed());
         let (mut parts, body) = response.into_parts();
         parts.version = Version::HTTP_11;
         let bounds = Bounds {
@@ -282,14 +295,14 @@ impl Proxy {
         order: &Order,
         tries: &mut Tries,
         grant: Grant,
+        at: Instant,
         report: &mut Report,
     ) -> Result<Response<Download>, Own> {
-        let sent_at = self.now();
-        match self.attempt(order, tries, &grant).await {
+        match self.attempt(order, tries, &grant, at).await {
             Outcome::Answered(response) => Ok(response),
             // Seldom, so boxed: its room would be carried from step to step.
             outcome => {
-                let again = self.exchange_again(order, tries, grant, report, outcome, sent_at);
+                let again = self.exchange_again(order, tries, grant, at, report, outcome);
                 Box::pin(again).await
             }
         }
@@ -301,9 +314,9 @@ impl Proxy {
         order: &Order,
         tries: &mut Tries,
         mut grant: Grant,
+        mut at: Instant,
         report: &mut Report,
         mut outcome: Outcome,
-        mut sent_at: u64,
     ) -> Result<Response<Download>, Own> {
         let mut tried = Tried::default();
         loop {
@@ -322,7 +335,7 @@ impl Proxy {
                         self.refused_by_two(order, &account, tried.charge);
                         return Ok(response);
                     }
-                    match Box::pin(self.replace(order, &grant, sent_at)).await {
+                    match Box::pin(self.replace(order, &grant, self.ms(at))).await {
                         Replacement::Grant(next, charge) => {
                             tried.another_account = true;
                             tried.charge = charge;
@@ -370,14 +383,20 @@ impl Proxy {
                 }
             }
             report.granted(&grant);
-            sent_at = self.now();
-            outcome = self.attempt(order, tries, &grant).await;
+            at = Instant::now();
+            outcome = self.attempt(order, tries, &grant, at).await;
         }
     }
 
-    /// Sends the request once.
-    async fn attempt(&self, order: &Order, tries: &mut Tries, grant: &Grant) -> Outcome {
-        let mut response = match self.send(order, tries, grant).await {
+    /// Sends the request once, now, that is `at`.
+    async fn attempt(
+        &self,
+        order: &Order,
+        tries: &mut Tries,
+        grant: &Grant,
+        at: Instant,
+    ) -> Outcome {
+        let mut response = match self.send(order, tries, grant, at).await {
             Ok(response) => response,
             Err(error) => return Outcome::Failed(error),
         };
@@ -388,7 +407,7 @@ impl Proxy {
             StatusCode::SWITCHING_PROTOCOLS => Outcome::Unfit,
             StatusCode::UNAUTHORIZED if !grant.lease.bound => Outcome::Refused(response),
             _ => {
-                grant.lease.account.well(self.now());
+                grant.lease.account.well(self.ms(response.body().headed()));
                 Outcome::Answered(response)
             }
         }
@@ -399,10 +418,11 @@ impl Proxy {
         order: &Order,
         tries: &mut Tries,
         grant: &Grant,
+        at: Instant,
     ) -> Result<Response<Download>, SendError> {
         // A connection that was closed while it was idle is found out on use.
         for unsent in 0..MOST_UNSENT {
-            let channel = self.upstream.channel(unsent > 0).await?;
+            let channel = self.upstream.channel(unsent > 0, at).await?;
             let request = |http2| self.request(order, tries, grant, http2);
             match self.upstream.send(channel, request, &order.upload).await {
                 Err(SendError::Unsent) => {}
@@ -590,7 +610,13 @@ impl Proxy {
     }
 
     fn now(&self) -> u64 {
-        u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
+        self.ms(Instant::now())
+    }
+
+    /// An instant as [`Self::now`] has it.
+    fn ms(&self, at: Instant) -> u64 {
+        let since = at.saturating_duration_since(self.began);
+        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
     }
 }
 

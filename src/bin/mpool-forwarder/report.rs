@@ -104,9 +104,9 @@ impl Report {
         }
     }
 
-    /// The upstream's head is on its way to the client.
-    pub fn answered(&mut self, status: u16) {
-        let elapsed = self.started.elapsed();
+    /// The upstream's head, which came at that time, is on its way to the client.
+    pub fn answered(&mut self, status: u16, at: Instant) {
+        let elapsed = at.saturating_duration_since(self.started);
         self.status = status;
         self.metrics.first_byte.observe(elapsed.as_secs_f64());
         if let Some(line) = &mut self.line {

@@ -259,27 +259,28 @@ impl Upstream {
         Self(shared)
     }
 
-    /// A connection for a request: one that is open and free, or a new one.
-    /// With `look`, also one that was used this moment is looked at first.
+    /// A connection for a request, `now`: one that is open and free, or a new one;
+    /// and when it was there. With `look`, also one that was used this moment is
+    /// looked at first.
     ///
     /// # Errors
     /// [`SendError::Connect`] and [`SendError::ConnectTimeout`].
-    pub async fn channel(&self, look: bool) -> Result<Channel, SendError> {
-        if let Some(channel) = self.0.free(look) {
-            return Ok(channel);
-        }
-        if !self.0.over_http2.load(Ordering::Relaxed) {
-            return Box::pin(self.0.connect()).await;
-        }
-        // The others can use what the first of them makes.
-        let _turn = self.0.connecting.lock().await;
-        match self.0.free(look) {
-            Some(channel) => Ok(channel),
-            None => Box::pin(self.0.connect()).await,
+    pub async fn channel(
+        &self,
+        look: bool,
+        now: std::time::Instant,
+    ) -> Result<(Channel, Instant), SendError> {
+        let now = Instant::from_std(now);
+        match self.0.free(look, now) {
+            Some(channel) => Ok((channel, now)),
+            None => {
+                let channel = Box::pin(self.0.connect_in_turn(look)).await?;
+                Ok((channel, Instant::now()))
+            }
         }
     }
 
-    /// Sends a request, in the form that the connection's protocol asks for
+    /// Sends a request, `now`, in the form that the connection's protocol asks for
     /// (whether it is HTTP/2), and waits for the answer's head, but not for ever.
     ///
     /// No async fn: it would keep room for its arguments beside what becomes of them.
@@ -288,7 +289,7 @@ impl Upstream {
     /// [`SendError`]. Dropping the future drops the request.
     pub fn send(
         &self,
-        mut channel: Channel,
+        (mut channel, now): (Channel, Instant),
         request: impl FnOnce(bool) -> Result<Request<UploadBody>, SendError>,
         upload: &Upload,
     ) -> impl Future<Output = Result<Response<Download>, SendError>> + Send {
@@ -296,7 +297,7 @@ impl Upstream {
         async move {
             let mut sending = pin!(sending?);
             let shared = &self.0;
-            let mut deadline = Instant::now() + shared.response_timeout;
+            let mut deadline = now + shared.response_timeout;
             let mut patience = Patience::shared();
             let outcome = poll_fn(|cx| {
                 channel.drive(cx);
@@ -341,10 +342,10 @@ trait Transport: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static {}
 impl<T: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static> Transport for T {}
 
 impl Shared {
-    fn free(&self, look: bool) -> Option<Channel> {
+    fn free(&self, look: bool, now: Instant) -> Option<Channel> {
         let mut idle = lock(&self.idle);
         while let Some(Idle { mut http1, since }) = idle.pop() {
-            let unused = since.elapsed();
+            let unused = now.saturating_duration_since(since);
             if !look && unused < MOMENT || unused < IDLE && http1.is_free() {
                 return Some(Channel::Http1(http1));
             }
@@ -357,6 +358,18 @@ impl Shared {
             Arc::strong_count(&one.streams) <= most
         })?;
         Some(Channel::Http2(one.sender.clone(), Arc::clone(&one.streams)))
+    }
+
+    async fn connect_in_turn(&self, look: bool) -> Result<Channel, SendError> {
+        if !self.over_http2.load(Ordering::Relaxed) {
+            return self.connect().await;
+        }
+        // The others can use what the first of them makes.
+        let _turn = self.connecting.lock().await;
+        match self.free(look, Instant::now()) {
+            Some(channel) => Ok(channel),
+            None => self.connect().await,
+        }
     }
 
     async fn connect(&self) -> Result<Channel, SendError> {
@@ -461,6 +474,8 @@ pub struct Download {
     broken: Option<hyper::Error>,
     /// When its head came: the connection went on then.
     headed: Instant,
+    /// Whether it has been waited for since.
+    awaited: bool,
     /// Bytes handed over in this turn of the task.
     turn: usize,
 }
@@ -472,6 +487,7 @@ impl Download {
             channel: Some((channel, Arc::downgrade(shared))),
             broken: None,
             headed: Instant::now(),
+            awaited: false,
             turn: 0,
         };
         if download.body.is_end_stream() {
@@ -480,18 +496,21 @@ impl Download {
         download
     }
 
-    /// Gives the connection back. It need not go on for that where it was found
-    /// to be free when the head came, this moment, as all of a short answer comes then.
+    /// When its head came.
+    pub fn headed(&self) -> std::time::Instant {
+        self.headed.into_std()
+    }
+
+    /// Gives the connection back. It need not go on for that where it is known to be
+    /// free since the head came, as all of a short answer comes then.
     fn release(&mut self) {
         let Some((Channel::Http1(mut http1), shared)) = self.channel.take() else {
             return;
         };
-        let now = Instant::now();
-        let this_moment = now.saturating_duration_since(self.headed) < MOMENT;
-        let since = if this_moment && http1.sender.is_ready() {
+        let since = if !self.awaited && http1.sender.is_ready() {
             Some(self.headed)
         } else {
-            http1.is_free().then_some(now)
+            http1.is_free().then(Instant::now)
         };
         if let Some(since) = since {
             if let Some(shared) = shared.upgrade() {
@@ -525,15 +544,17 @@ impl Body for Download {
         if this.turn >= TURN {
             // An upstream that always has more would hold up the thread's other connections.
             this.turn = 0;
+            this.awaited = true;
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
         let mut polled = Pin::new(&mut this.body).poll_frame(cx);
-        if polled.is_pending()
-            && let Some((Channel::Http1(http1), _)) = &mut this.channel
-        {
-            http1.drive(cx);
-            polled = Pin::new(&mut this.body).poll_frame(cx);
+        if polled.is_pending() {
+            this.awaited = true;
+            if let Some((Channel::Http1(http1), _)) = &mut this.channel {
+                http1.drive(cx);
+                polled = Pin::new(&mut this.body).poll_frame(cx);
+            }
         }
         if let Poll::Ready(Some(Err(error))) = polled {
             // What came before it, perhaps in the same moment, is to be on its way first.
