@@ -1229,6 +1229,27 @@ fn connections_to_the_upstream_are_used_again() {
     }
 }
 
+#[test]
+fn what_an_upstream_sends_beyond_an_answer_is_nobodys() {
+    let stage = Stage::with(Upstream::manual(), &["--threads", "1"]);
+    let whole = |text: &str| {
+        let length = text.len();
+        format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n{text}")
+    };
+    let mut client = stage.client();
+    for (round, beyond) in ["x".into(), whole("evil"), whole("")].iter().enumerate() {
+        client.ask("GET", "/", &stage.key, &[], b"");
+        let mut exchange = stage.upstream.next();
+        exchange.send(whole("one") + beyond);
+        assert_eq!(client.answer().text(), "one");
+        assert_eq!(stage.upstream.connections(), round + 1);
+    }
+    client.ask("GET", "/", &stage.key, &[], b"");
+    stage.upstream.next().send(whole("two"));
+    assert_eq!(client.answer().text(), "two");
+    assert_eq!(stage.upstream.connections(), 4);
+}
+
 // Answers that break off
 
 /// How an upstream's answer ends too early, and what was sent of it.
