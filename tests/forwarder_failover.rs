@@ -282,6 +282,35 @@ fn the_body_is_sent_again_byte_for_byte() {
 }
 
 #[test]
+fn requests_that_come_in_one_piece_keep_the_case_of_their_names_too() {
+    let stage = Stage::on(pool(&["a", "b"]), Upstream::manual(), &[]);
+    let mut client = stage.client();
+    let request = |number| {
+        format!(
+            "GET /{number} HTTP/1.1\r\nHOST: front\r\nX-Api-Key: {}\r\nX-CASE-{number}: Kept\r\n\r\n",
+            stage.key
+        )
+    };
+    client.send([1, 2].map(request).concat());
+    for number in [1, 2] {
+        let refused = stage.upstream.next();
+        let first = refused.head.lines_without(&["authorization"]);
+        let name = format!("X-CASE-{number}: Kept");
+        assert!(first.contains(&name), "{first:?}");
+        refused.respond(401, &[], b"no");
+        let taken = stage.upstream.next();
+        assert_eq!(taken.head.lines_without(&["authorization"]), first);
+        taken.ok();
+        assert_eq!(client.answer().status(), 200);
+        // Both accounts can be lent to the next one.
+        for account in ["a", "b"] {
+            let end = ["MPOOL.COOLDOWN", "medium", account, "*", "0"];
+            stage.server.connect().ok(&end);
+        }
+    }
+}
+
+#[test]
 fn a_body_that_is_still_coming_goes_on_to_the_next_account() {
     let stage = Stage::on(pool(&["a", "b"]), Upstream::manual(), &[]);
     let mut client = stage.client();

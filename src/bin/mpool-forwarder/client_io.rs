@@ -10,6 +10,7 @@ use bytes::{Buf, Bytes};
 use futures_util::FutureExt;
 use smallvec::SmallVec;
 use std::io::{self, IoSlice};
+use std::mem;
 use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -25,8 +26,8 @@ use tokio_rustls::server::TlsStream;
 /// closed, in bytes, and for how long: closed at once, it would lose the answer.
 const LINGER: (usize, Duration) = (1 << 20, Duration::from_secs(2));
 
-/// What a connection's transport and its requests tell each other.
-#[derive(Debug)]
+/// What a connection's transport and its requests tell each other. Not to be shown:
+/// a client's key is in its head.
 pub struct Exchange {
     /// Requests begun and not wholly answered, and bodies still being read.
     active: AtomicU32,
@@ -36,7 +37,14 @@ pub struct Exchange {
     requests: AtomicU64,
     /// Whether the head that came last may hold a Content-Length.
     may_have_length: AtomicBool,
+    /// The head that came last, with whatever came after it; nothing where it came
+    /// together with what was before it.
+    head: Mutex<Vec<u8>>,
     turns: Mutex<Turns>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Answers that wait for the client to take more of them.
@@ -54,6 +62,7 @@ impl Default for Exchange {
             held: AtomicU32::new(0),
             requests: AtomicU64::new(0),
             may_have_length: AtomicBool::new(true),
+            head: Mutex::default(),
             turns: Mutex::default(),
         }
     }
@@ -82,7 +91,13 @@ impl Exchange {
     }
 
     fn turns(&self) -> MutexGuard<'_, Turns> {
-        self.turns.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.turns)
+    }
+
+    /// The request's head as it came over HTTP/1, where that is known.
+    pub fn take_head(&self) -> Option<Vec<u8>> {
+        let head = mem::take(&mut *lock(&self.head));
+        (!head.is_empty()).then_some(head)
     }
 
     /// How long nothing has happened here because each answer that is under way
@@ -103,7 +118,6 @@ impl Exchange {
 
 /// Whose turn it is with one answer over HTTP/2: the client's, to take what
 /// there is, or the forwarder's, to have more of it. The client's at first.
-#[derive(Debug)]
 pub struct Turn {
     exchange: Arc<Exchange>,
     clients: bool,
@@ -193,7 +207,6 @@ fn may_name_length(head: &[u8]) -> bool {
 }
 
 /// A request that is not wholly answered yet, or whose body is still being read.
-#[derive(Debug)]
 pub struct Active {
     exchange: Arc<Exchange>,
     held: bool,
@@ -493,6 +506,13 @@ impl<S: Transport> AsyncRead for ClientIo<S> {
         if let Poll::Ready(read) = Pin::new(&mut this.inner).poll_read(cx, buffer) {
             let came = buffer.filled().get(before..).unwrap_or_default();
             if !came.is_empty() && this.is_idle() {
+                if !this.is_http2 {
+                    let mut head = lock(&this.exchange.head);
+                    if !this.in_head {
+                        head.clear();
+                    }
+                    head.extend_from_slice(came);
+                }
                 if !this.in_head {
                     this.scan = HeadScan::default();
                 }

@@ -3,12 +3,22 @@
 //! as it is. Pure.
 
 use crate::answers::CODE_HEADER;
+use futures_util::FutureExt;
+use hyper::body::Incoming;
 use hyper::header::{
     AUTHORIZATION, CONNECTION, CONTENT_LENGTH, COOKIE, HOST, HeaderMap, HeaderName, HeaderValue,
     PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING,
 };
 use hyper::http::Extensions;
 use hyper::http::header::GetAll;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::upgrade::OnUpgrade;
+use hyper::{Request, Response};
+use hyper_util::rt::TokioIo;
+use std::convert::Infallible;
+use std::future::pending;
+use std::sync::{Mutex, PoisonError};
 
 pub const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 const HOP_BY_HOP: [&str; 6] = [
@@ -103,39 +113,66 @@ pub struct Tries {
     first: Option<(HeaderMap, Extensions)>,
     /// What any other is made of.
     fields: Vec<(HeaderName, HeaderValue)>,
-    /// The case of the names is here.
-    extensions: Extensions,
+    case: Case,
+}
+
+/// Where the case of the names is known from.
+enum Case {
+    /// From the head as it came.
+    Head(Vec<u8>),
+    /// It is in here.
+    Known(Extensions),
 }
 
 impl Tries {
-    pub fn new(headers: HeaderMap, extensions: Extensions) -> Self {
+    /// With the head as it came, where that is known.
+    pub fn new(headers: HeaderMap, extensions: Extensions, head: Option<Vec<u8>>) -> Self {
         Self {
+            case: head.map_or_else(|| Case::Known(extensions.clone()), Case::Head),
             first: Some((headers, extensions)),
             fields: Vec::new(),
-            extensions: Extensions::new(),
         }
     }
 
     /// The headers for the next try, the same each time.
     pub fn next(&mut self) -> (HeaderMap, Extensions) {
-        match self.first.take() {
-            Some((headers, extensions)) => {
-                let fields = headers.iter();
-                self.fields = fields
-                    .map(|(name, value)| (name.clone(), value.clone()))
-                    .collect();
-                self.extensions = extensions.clone();
-                (headers, extensions)
-            }
-            None => {
-                let mut headers = HeaderMap::with_capacity(self.fields.len());
-                for (name, value) in &self.fields {
-                    headers.append(name.clone(), value.clone());
-                }
-                (headers, self.extensions.clone())
-            }
+        if let Some((headers, extensions)) = self.first.take() {
+            let fields = headers.iter();
+            self.fields = fields
+                .map(|(name, value)| (name.clone(), value.clone()))
+                .collect();
+            return (headers, extensions);
         }
+        let mut headers = HeaderMap::with_capacity(self.fields.len());
+        for (name, value) in &self.fields {
+            headers.append(name.clone(), value.clone());
+        }
+        let extensions = match &self.case {
+            Case::Head(head) => read_case(head),
+            Case::Known(extensions) => extensions.clone(),
+        };
+        (headers, extensions)
     }
+}
+
+/// The case of a head's names, in the form that the library has for it. As that can't
+/// be made by others, the library has to read the head once more.
+fn read_case(head: &[u8]) -> Extensions {
+    let found = Mutex::default();
+    let service = service_fn(|request: Request<Incoming>| {
+        *found.lock().unwrap_or_else(PoisonError::into_inner) = request.into_parts().0.extensions;
+        pending::<Result<Response<String>, Infallible>>()
+    });
+    let io = TokioIo::new(tokio::io::join(head, tokio::io::sink()));
+    let mut http = http1::Builder::new();
+    let reading = http
+        .preserve_header_case(true)
+        .serve_connection(io, service);
+    // It never comes to an end, but the head is there at once.
+    let _ = reading.now_or_never();
+    let mut extensions = found.into_inner().unwrap_or_else(PoisonError::into_inner);
+    extensions.remove::<OnUpgrade>();
+    extensions
 }
 
 /// What the client sent to say who it is.
@@ -407,7 +444,7 @@ mod tests {
         let headers = map(&[("x-one", "1"), ("cookie", "a"), ("x-one", "2"), ("te", "x")]);
         let mut extensions = Extensions::new();
         extensions.insert("the case of names");
-        let mut tries = Tries::new(headers.clone(), extensions);
+        let mut tries = Tries::new(headers.clone(), extensions, None);
         for _ in 0..3 {
             let (next, extensions) = tries.next();
             assert_eq!(next, headers);

@@ -247,7 +247,7 @@ impl Proxy {
             expects_continue,
             over_http2: parts.version == Version::HTTP_2,
         };
-        let mut tries = Tries::new(headers, extensions);
+        let mut tries = Tries::new(headers, extensions, exchange.take_head());
         report.upload(&order.upload);
         async move {
             let outcome = self
