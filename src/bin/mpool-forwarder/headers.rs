@@ -107,72 +107,66 @@ impl Overview {
     }
 }
 
-/// A request's headers, for one try after another.
+/// A request's headers, prepared for one try after another.
 pub struct Tries {
-    /// The client's own, for the first one: to change them costs less than to copy them.
+    /// For the first one, the client's own: to change them costs less than to copy them.
     first: Option<(HeaderMap, Extensions)>,
-    /// What any other is made of.
-    fields: Vec<(HeaderName, HeaderValue)>,
-    case: Case,
+    again: Again,
 }
 
-/// Where the case of the names is known from.
-enum Case {
-    /// From the head as it came.
+/// What any other is made of.
+enum Again {
+    /// The head as it came over HTTP/1.
     Head(Vec<u8>),
-    /// It is in here.
-    Known(Extensions),
+    Copy(HeaderMap, Extensions),
 }
 
 impl Tries {
-    /// With the head as it came, where that is known.
+    /// With headers that have been [prepared](prepare), and the head as it came, where
+    /// that is known. The extensions hold the case of the names.
     pub fn new(headers: HeaderMap, extensions: Extensions, head: Option<Vec<u8>>) -> Self {
         Self {
-            case: head.map_or_else(|| Case::Known(extensions.clone()), Case::Head),
+            again: head.map_or_else(
+                || Again::Copy(headers.clone(), extensions.clone()),
+                Again::Head,
+            ),
             first: Some((headers, extensions)),
-            fields: Vec::new(),
         }
     }
 
     /// The headers for the next try, the same each time.
-    pub fn next(&mut self) -> (HeaderMap, Extensions) {
-        if let Some((headers, extensions)) = self.first.take() {
-            let fields = headers.iter();
-            self.fields = fields
-                .map(|(name, value)| (name.clone(), value.clone()))
-                .collect();
-            return (headers, extensions);
-        }
-        let mut headers = HeaderMap::with_capacity(self.fields.len());
-        for (name, value) in &self.fields {
-            headers.append(name.clone(), value.clone());
-        }
-        let extensions = match &self.case {
-            Case::Head(head) => read_case(head),
-            Case::Known(extensions) => extensions.clone(),
-        };
-        (headers, extensions)
+    pub fn next(&mut self) -> Option<(HeaderMap, Extensions)> {
+        self.first.take().or_else(|| match &self.again {
+            Again::Head(head) => {
+                let (mut headers, extensions) = read(head)?;
+                let overview = Overview::of(&headers);
+                prepare(&mut headers, &overview);
+                Some((headers, extensions))
+            }
+            Again::Copy(headers, extensions) => Some((headers.clone(), extensions.clone())),
+        })
     }
 }
 
-/// The case of a head's names, in the form that the library has for it. As that can't
-/// be made by others, the library has to read the head once more.
-fn read_case(head: &[u8]) -> Extensions {
-    let found = Mutex::default();
+/// Has the library read a head once more: nobody else can make the form in which it
+/// keeps the case of names.
+fn read(head: &[u8]) -> Option<(HeaderMap, Extensions)> {
+    let found = Mutex::new(None);
     let service = service_fn(|request: Request<Incoming>| {
-        *found.lock().unwrap_or_else(PoisonError::into_inner) = request.into_parts().0.extensions;
+        let (parts, _) = request.into_parts();
+        let mut found = found.lock().unwrap_or_else(PoisonError::into_inner);
+        found.get_or_insert((parts.headers, parts.extensions));
         pending::<Result<Response<String>, Infallible>>()
     });
     let io = TokioIo::new(tokio::io::join(head, tokio::io::sink()));
     let mut http = http1::Builder::new();
-    let reading = http
-        .preserve_header_case(true)
-        .serve_connection(io, service);
+    http.preserve_header_case(true)
+        .max_buf_size(head.len().max(8192));
     // It never comes to an end, but the head is there at once.
-    let _ = reading.now_or_never();
-    let mut extensions = found.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let _ = http.serve_connection(io, service).now_or_never();
+    let (headers, mut extensions) = found.into_inner().unwrap_or_else(PoisonError::into_inner)?;
     extensions.remove::<OnUpgrade>();
-    extensions
+    Some((headers, extensions))
 }
 
 /// What the client sent to say who it is.
@@ -446,11 +440,33 @@ mod tests {
         extensions.insert("the case of names");
         let mut tries = Tries::new(headers.clone(), extensions, None);
         for _ in 0..3 {
-            let (next, extensions) = tries.next();
+            let (next, extensions) = tries.next().unwrap();
             assert_eq!(next, headers);
             assert!(next.iter().eq(headers.iter()), "the order");
             assert_eq!(extensions.get(), Some(&"the case of names"));
         }
+    }
+
+    #[test]
+    fn each_try_has_the_headers_of_the_head_as_it_came() {
+        let long = "x".repeat(600_000);
+        for long in ["", &long] {
+            let head = format!(
+                "POST / HTTP/1.1\r\nHost: h\r\nX-Api-Key: k\r\nX-ONE: 1\r\nX-Long: {long}\r\n\
+                 X-One: 2\r\nConnection: x-two\r\nX-Two: 3\r\nContent-Length: 9\r\n\r\nbody"
+            );
+            let first = map(&[("x-first", "1")]);
+            let mut tries = Tries::new(first.clone(), Extensions::new(), Some(head.into()));
+            assert_eq!(tries.next().unwrap().0, first);
+            let mut expected = map(&[("host", "h"), ("x-one", "1"), ("x-one", "2")]);
+            expected.insert("x-long", long.parse().unwrap());
+            expected.insert(CONTENT_LENGTH, HeaderValue::from_static("9"));
+            for _ in 0..2 {
+                assert_eq!(tries.next().unwrap().0, expected);
+            }
+        }
+        let mut tries = Tries::new(HeaderMap::new(), Extensions::new(), Some(b"GET".into()));
+        assert!(tries.next().is_some() && tries.next().is_none());
     }
 
     #[test]

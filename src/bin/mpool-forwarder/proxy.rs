@@ -448,7 +448,7 @@ impl Proxy {
             .base
             .join(&order.target, http2)
             .ok_or(SendError::Target)?;
-        let (headers, extensions) = tries.next();
+        let (headers, extensions) = tries.next().ok_or(SendError::Target)?;
         *request.headers_mut() = headers;
         *request.extensions_mut() = extensions;
         let headers = request.headers_mut();
