@@ -37,7 +37,7 @@ use tokio_rustls::TlsAcceptor;
 
 /// How many tasks have their turn before sockets are looked at again. One turn
 /// may pass much on, and what others wait for meanwhile waits as well.
-const EVENT_INTERVAL: u32 = 13;
+const EVENT_INTERVAL: u32 = 31;
 /// Streams of one HTTP/2 connection at once.
 const MAX_STREAMS: u32 = 256;
 /// Connections beyond the limit that are told so at once; others are just closed.
