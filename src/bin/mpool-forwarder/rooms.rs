@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 
 /// Empty rooms that are kept.
-const SPARE: usize = 256;
+const SPARE: usize = 128;
 
 type Room<F> = Pin<Box<Option<F>>>;
 

@@ -24,7 +24,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use std::convert::Infallible;
 use std::future::poll_fn;
 use std::io;
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Waker;
@@ -37,7 +37,7 @@ use tokio_rustls::TlsAcceptor;
 
 /// How many tasks have their turn before sockets are looked at again. One turn
 /// may pass much on, and what others wait for meanwhile waits as well.
-const EVENT_INTERVAL: u32 = 31;
+const EVENT_INTERVAL: u32 = 13;
 /// Streams of one HTTP/2 connection at once.
 const MAX_STREAMS: u32 = 256;
 /// Connections beyond the limit that are told so at once; others are just closed.
@@ -424,16 +424,19 @@ where
 
 /// A connection to its end, of which it is told when the server stops: what is
 /// under way is answered then, and nothing new is taken.
-async fn to_its_end<C: Future>(
+///
+/// No async fn: it would keep room for a connection twice.
+fn to_its_end<C: Future>(
     connection: C,
     end: impl Fn(Pin<&mut C>),
     mut stopping: watch::Receiver<()>,
-) {
+) -> impl Future<Output = ()> {
     let told = stopping.clone();
-    let mut connection = pin!(connection);
-    let mut stopped = pin!(stopping.changed().fuse());
+    let mut connection = Box::pin(connection);
+    let stopped = async move { stopping.changed().await.is_ok() };
+    let mut stopped = Box::pin(stopped.fuse());
     let mut asked: Option<Waker> = None;
-    poll_fn(|cx| {
+    poll_fn(move |cx| {
         // Asked once, it wakes this task: a look suffices then, and costs less.
         let asks = asked
             .as_ref()
@@ -447,7 +450,6 @@ async fn to_its_end<C: Future>(
         }
         connection.as_mut().poll(cx).map(drop)
     })
-    .await;
 }
 
 /// Looks at the first bytes and leaves them there.

@@ -43,7 +43,7 @@ const LOOK: Duration = Duration::from_secs(1);
 const MOMENT: Duration = Duration::from_millis(1);
 /// How much of an answer is passed on before the thread's other connections get
 /// their turn, in bytes.
-const TURN: usize = 32 << 10;
+const TURN: usize = 64 << 10;
 /// Unused connections kept by each thread.
 const MAX_IDLE: usize = 1024;
 /// Streams on one HTTP/2 connection, unless the server allows fewer; then
