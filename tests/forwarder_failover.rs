@@ -311,6 +311,55 @@ fn requests_that_come_in_one_piece_keep_the_case_of_their_names_too() {
 }
 
 #[test]
+fn a_second_try_has_nothing_of_another_request() {
+    let upstream = || Stage::on(pool(&["a", "b"]), Upstream::manual(), &[]);
+    let own = |head: &proxy::Head| head.lines_without(&["authorization"]);
+    for body in ["", "Content-Length: 5\r\n"] {
+        let stage = upstream();
+        let mut client = stage.client();
+        let denied = "POST /bad HTTP/1.1\r\nHOST: front\r\nx-api-key: nosuch\r\nX-Other: 1\r\n\
+                      Content-Length: 9\r\n\r\nninebytes";
+        let good = format!(
+            "POST /good HTTP/1.1\r\nHost: front\r\nX-Api-Key: {}\r\nX-Good: yes\r\n{body}\r\n",
+            stage.key
+        );
+        let rest = if body.is_empty() { "" } else { "hello" };
+        client.send([denied, &good, rest].concat());
+        assert_eq!(client.answer().status(), 401);
+        let mut refused = stage.upstream.next();
+        let first = own(&refused.head);
+        assert_eq!(refused.body(), rest.as_bytes());
+        refused.respond(401, &[], b"no");
+        let mut taken = stage.upstream.next();
+        assert_eq!(own(&taken.head), first);
+        assert_eq!(taken.body(), rest.as_bytes());
+        taken.ok();
+        assert_eq!(client.answer().status(), 200);
+    }
+    // The second head comes in two parts, the first of them with the first request.
+    let stage = upstream();
+    let mut client = stage.client();
+    let request = |name| {
+        let key = &stage.key;
+        format!("GET /{name} HTTP/1.1\r\nHost: front\r\nX-Api-Key: {key}\r\nX-Good: {name}\r\n\r\n")
+    };
+    let (one, two) = (request("one"), request("two"));
+    let (half, rest) = two.split_at(30);
+    client.send([&one, half].concat());
+    stage.upstream.next().ok();
+    assert_eq!(client.answer().status(), 200);
+    client.send(rest);
+    let refused = stage.upstream.next();
+    let lower = |head: &proxy::Head| own(head).join("\n").to_lowercase();
+    let first = lower(&refused.head);
+    refused.respond(401, &[], b"no");
+    let taken = stage.upstream.next();
+    assert_eq!(lower(&taken.head), first);
+    taken.ok();
+    assert_eq!(client.answer().status(), 200);
+}
+
+#[test]
 fn a_body_that_is_still_coming_goes_on_to_the_next_account() {
     let stage = Stage::on(pool(&["a", "b"]), Upstream::manual(), &[]);
     let mut client = stage.client();

@@ -26,6 +26,9 @@ use tokio_rustls::server::TlsStream;
 /// closed, in bytes, and for how long: closed at once, it would lose the answer.
 const LINGER: (usize, Duration) = (1 << 20, Duration::from_secs(2));
 
+/// How much of a head is kept, in bytes: as long as most.
+const MOST_HEAD: usize = 4096;
+
 /// What a connection's transport and its requests tell each other. Not to be shown:
 /// a client's key is in its head.
 pub struct Exchange {
@@ -37,8 +40,8 @@ pub struct Exchange {
     requests: AtomicU64,
     /// Whether the head that came last may hold a Content-Length.
     may_have_length: AtomicBool,
-    /// The head that came last, with whatever came after it; nothing where it came
-    /// together with what was before it.
+    /// What came last between two requests, a head most likely. It may be the end of
+    /// one, or begin with another, where requests come together.
     head: Mutex<Vec<u8>>,
     turns: Mutex<Turns>,
 }
@@ -94,10 +97,11 @@ impl Exchange {
         lock(&self.turns)
     }
 
-    /// The request's head as it came over HTTP/1, where that is known.
+    /// What is most likely the request's head, as it came over HTTP/1. To be taken
+    /// for each request, as it holds a client's key.
     pub fn take_head(&self) -> Option<Vec<u8>> {
         let head = mem::take(&mut *lock(&self.head));
-        (!head.is_empty()).then_some(head)
+        (1..MOST_HEAD).contains(&head.len()).then_some(head)
     }
 
     /// How long nothing has happened here because each answer that is under way
@@ -511,7 +515,9 @@ impl<S: Transport> AsyncRead for ClientIo<S> {
                     if !this.in_head {
                         head.clear();
                     }
-                    head.extend_from_slice(came);
+                    // What comes with it of a body is not to be kept beside it.
+                    let room = MOST_HEAD.saturating_sub(head.len());
+                    head.extend_from_slice(came.get(..room).unwrap_or(came));
                 }
                 if !this.in_head {
                     this.scan = HeadScan::default();

@@ -98,6 +98,7 @@ impl Proxy {
         exchange: Arc<Exchange>,
     ) -> impl Future<Output = Response<Reply>> + Send {
         let may_have_length = exchange.take_may_have_length();
+        let head = exchange.take_head();
         let active = exchange.begin();
         let (parts, body) = request.into_parts();
         let over_http2 = parts.version == Version::HTTP_2;
@@ -118,7 +119,7 @@ impl Proxy {
             };
             let mut response = match admitted {
                 Ok(admitted) => {
-                    let request = (parts, overview, body);
+                    let request = (parts, overview, head, body);
                     self.forward(request, admitted, report, active, &exchange)
                         .await
                 }
@@ -225,7 +226,7 @@ impl Proxy {
 
     fn forward<'a>(
         &'a self,
-        (parts, overview, body): (Parts, Overview, Incoming),
+        (parts, overview, head, body): (Parts, Overview, Option<Vec<u8>>, Incoming),
         Admitted { grant, key, at }: Admitted,
         mut report: Report,
         active: Active,
@@ -247,7 +248,7 @@ impl Proxy {
             expects_continue,
             over_http2: parts.version == Version::HTTP_2,
         };
-        let mut tries = Tries::new(headers, extensions, exchange.take_head());
+        let mut tries = Tries::new(headers, extensions, head);
         report.upload(&order.upload);
         async move {
             let outcome = self
@@ -422,6 +423,7 @@ impl Proxy {
     ) -> Result<Response<Download>, SendError> {
         // A connection that was closed while it was idle is found out on use.
         for unsent in 0..MOST_UNSENT {
+            let at = if unsent == 0 { at } else { Instant::now() };
             let channel = self.upstream.channel(unsent > 0, at).await?;
             let request = |http2| self.request(order, tries, grant, http2);
             match self.upstream.send(channel, request, &order.upload).await {
@@ -448,7 +450,7 @@ impl Proxy {
             .base
             .join(&order.target, http2)
             .ok_or(SendError::Target)?;
-        let (headers, extensions) = tries.next().ok_or(SendError::Target)?;
+        let (headers, extensions) = tries.next();
         *request.headers_mut() = headers;
         *request.extensions_mut() = extensions;
         let headers = request.headers_mut();

@@ -213,11 +213,18 @@ pub fn lines_are_wanted() -> bool {
 
 /// The lines of the pool: which account a request got, and why.
 pub fn log_lease(grant: &Grant) {
+    let lease: &Lease = &grant.lease;
+    let account: &str = &lease.account.name;
+    if grant.state == State::Grace {
+        tracing::warn!(
+            event = "grace",
+            account,
+            "Redis can't be asked: going on with the lease seen last, account: {account}"
+        );
+    }
     if !lines_are_wanted() {
         return;
     }
-    let lease: &Lease = &grant.lease;
-    let account: &str = &lease.account.name;
     match grant.state {
         State::Assigned | State::Rotated | State::Failover => {
             let span = lease.next_rotation.unwrap_or(0) - lease.last_rotation.unwrap_or(0);
@@ -242,15 +249,7 @@ pub fn log_lease(grant: &Grant) {
                 "📌 Pool: Using current account: {account} ({hours} hours until rotation)"
             );
         }
-        State::Bound => return,
-        State::Grace => {
-            tracing::warn!(
-                event = "grace",
-                account,
-                "Redis can't be asked: going on with the lease seen last, account: {account}"
-            );
-            return;
-        }
+        State::Bound | State::Grace => return,
     }
     tracing::info!(
         event = "token",
