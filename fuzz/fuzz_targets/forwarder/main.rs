@@ -46,6 +46,8 @@ mod relay;
 mod report;
 #[path = "../../../src/bin/mpool-forwarder/resp.rs"]
 mod resp;
+#[path = "../../../src/bin/mpool-forwarder/rooms.rs"]
+mod rooms;
 #[path = "../../../src/bin/mpool-forwarder/server.rs"]
 mod server;
 #[path = "../../../src/bin/mpool-forwarder/upload.rs"]
