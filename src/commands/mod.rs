@@ -69,14 +69,9 @@ fn now(bytes: Option<&[u8]>) -> Result<i64, Failure> {
     let now = instant(bytes)?;
     match settings::max_clock_skew_ms() {
         // Not read twice: `*` is never off.
-        Some(skew) if bytes != Some(b"*") => within_skew(skew, now),
+        Some(skew) if bytes != Some(b"*") => within(skew, node::clock(), now),
         _ => Ok(now),
     }
-}
-
-#[inline(never)]
-fn within_skew(skew: i64, now: i64) -> Result<i64, Failure> {
-    within(skew, node::clock(), now)
 }
 
 /// `now`, if it is at most `skew` ms away from `clock` in either direction.

@@ -50,6 +50,8 @@ mod resp;
 mod rooms;
 #[path = "../../../src/bin/mpool-forwarder/server.rs"]
 mod server;
+#[path = "../../../src/bin/mpool-forwarder/tries.rs"]
+mod tries;
 #[path = "../../../src/bin/mpool-forwarder/upload.rs"]
 mod upload;
 #[path = "../../../src/bin/mpool-forwarder/upstream.rs"]

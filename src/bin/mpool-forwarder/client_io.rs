@@ -46,10 +46,6 @@ pub struct Exchange {
     turns: Mutex<Turns>,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// Answers that wait for the client to take more of them.
 #[derive(Debug, Default)]
 struct Turns {
@@ -94,13 +90,17 @@ impl Exchange {
     }
 
     fn turns(&self) -> MutexGuard<'_, Turns> {
-        lock(&self.turns)
+        self.turns.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn head(&self) -> MutexGuard<'_, Vec<u8>> {
+        self.head.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What is most likely the request's head, as it came over HTTP/1. To be taken
     /// for each request, as it holds a client's key.
     pub fn take_head(&self) -> Option<Vec<u8>> {
-        let head = mem::take(&mut *lock(&self.head));
+        let head = mem::take(&mut *self.head());
         (1..MOST_HEAD).contains(&head.len()).then_some(head)
     }
 
@@ -510,27 +510,26 @@ impl<S: Transport> AsyncRead for ClientIo<S> {
         if let Poll::Ready(read) = Pin::new(&mut this.inner).poll_read(cx, buffer) {
             let came = buffer.filled().get(before..).unwrap_or_default();
             if !came.is_empty() && this.is_idle() {
-                if !this.is_http2 {
-                    let mut head = lock(&this.exchange.head);
-                    if !this.in_head {
-                        head.clear();
-                    }
-                    // What comes with it of a body is not to be kept beside it.
-                    let room = MOST_HEAD.saturating_sub(head.len());
-                    head.extend_from_slice(came.get(..room).unwrap_or(came));
-                }
-                if !this.in_head {
+                let begins = !this.in_head;
+                if begins {
                     this.scan = HeadScan::default();
                 }
                 let length = this.scan.sees(came);
                 this.exchange
                     .may_have_length
                     .store(length, Ordering::Relaxed);
-            }
-            // In HTTP/2 what comes between requests need not be a head.
-            if !came.is_empty() && !this.in_head && !this.is_http2 && this.is_idle() {
-                this.in_head = true;
-                this.waiting_since = None;
+                // In HTTP/2 what comes between requests need not be a head.
+                if !this.is_http2 {
+                    let mut head = this.exchange.head();
+                    if begins {
+                        head.clear();
+                        this.in_head = true;
+                        this.waiting_since = None;
+                    }
+                    // What comes with it of a body is not to be kept beside it.
+                    let room = MOST_HEAD.saturating_sub(head.len());
+                    head.extend_from_slice(came.get(..room).unwrap_or(came));
+                }
             }
             this.reading = false;
             return Poll::Ready(read);

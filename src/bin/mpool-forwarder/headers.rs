@@ -1,34 +1,15 @@
 //! Which headers pass: the client's key comes out, the account's credential goes
 //! in, hop-by-hop headers stay behind (RFC 9110 section 7.6.1), all else passes
-//! as it is. It touches nothing else.
+//! as it is. Pure.
 
 use crate::answers::CODE_HEADER;
-use futures_util::FutureExt;
-use hyper::body::Incoming;
 use hyper::header::{
     AUTHORIZATION, CONNECTION, CONTENT_LENGTH, COOKIE, HOST, HeaderMap, HeaderName, HeaderValue,
     PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING,
 };
-use hyper::http::Extensions;
 use hyper::http::header::GetAll;
-use hyper::server::conn::http1;
-use hyper::service::service_fn;
-use hyper::upgrade::OnUpgrade;
-use hyper::{Request, Response};
-use hyper_util::rt::TokioIo;
-use std::convert::Infallible;
-use std::future::pending;
-use std::sync::{Mutex, PoisonError};
 
 pub const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
-const HOP_BY_HOP: [&str; 6] = [
-    "connection",
-    "proxy-connection",
-    "keep-alive",
-    "te",
-    "transfer-encoding",
-    "upgrade",
-];
 
 /// Which of the names that matter here a message's headers have, by one walk over
 /// them: looking a name up costs as much as walking over several.
@@ -59,8 +40,12 @@ impl Names {
     pub const TRANSFER_ENCODING: Self = Self(1 << 9);
     /// Any other hop-by-hop name.
     pub const OTHER_HOP_BY_HOP: Self = Self(1 << 10);
-    const HOP_BY_HOP: Self =
-        Self(Self::CONNECTION.0 | Self::TRANSFER_ENCODING.0 | Self::OTHER_HOP_BY_HOP.0);
+    const BESIDE_CONNECTION: Self = Self(Self::TRANSFER_ENCODING.0 | Self::OTHER_HOP_BY_HOP.0);
+    const HOP_BY_HOP: Self = Self(Self::CONNECTION.0 | Self::BESIDE_CONNECTION.0);
+
+    const fn meets(self, other: Self) -> bool {
+        self.0 & other.0 != 0
+    }
 
     fn of(name: &HeaderName) -> Self {
         match name.as_str() {
@@ -99,81 +84,12 @@ impl Overview {
 
     /// Whether there is any of these.
     pub const fn has(&self, names: Names) -> bool {
-        self.seen.0 & names.0 != 0
+        self.seen.meets(names)
     }
 
     const fn repeats(&self, names: Names) -> bool {
-        self.repeated.0 & names.0 != 0
+        self.repeated.meets(names)
     }
-}
-
-/// A request's headers, for one try after another.
-pub struct Tries {
-    /// The client's own, for the first one: to change them costs less than to copy them.
-    first: Option<(HeaderMap, Extensions)>,
-    /// What any other is made of.
-    fields: Vec<(HeaderName, HeaderValue)>,
-    case: Case,
-}
-
-/// Where the case of the names is known from.
-enum Case {
-    /// From the head as it came. Nothing else is taken from there: where requests come
-    /// together, it may be of another one.
-    Head(Vec<u8>),
-    /// It is in here.
-    Known(Extensions),
-}
-
-impl Tries {
-    /// With the head as it came, where that is known.
-    pub fn new(headers: HeaderMap, extensions: Extensions, head: Option<Vec<u8>>) -> Self {
-        Self {
-            case: head.map_or_else(|| Case::Known(extensions.clone()), Case::Head),
-            first: Some((headers, extensions)),
-            fields: Vec::new(),
-        }
-    }
-
-    /// The headers for the next try, the same each time.
-    pub fn next(&mut self) -> (HeaderMap, Extensions) {
-        if let Some((headers, extensions)) = self.first.take() {
-            let fields = headers.iter();
-            self.fields = fields
-                .map(|(name, value)| (name.clone(), value.clone()))
-                .collect();
-            return (headers, extensions);
-        }
-        let mut headers = HeaderMap::with_capacity(self.fields.len());
-        for (name, value) in &self.fields {
-            headers.append(name.clone(), value.clone());
-        }
-        let extensions = match &self.case {
-            Case::Head(head) => read_case(head),
-            Case::Known(extensions) => extensions.clone(),
-        };
-        (headers, extensions)
-    }
-}
-
-/// The case of a head's names, in the form that the library has for it. As that can't
-/// be made by others, the library has to read the head once more.
-fn read_case(head: &[u8]) -> Extensions {
-    let found = Mutex::default();
-    let service = service_fn(|request: Request<Incoming>| {
-        *found.lock().unwrap_or_else(PoisonError::into_inner) = request.into_parts().0.extensions;
-        pending::<Result<Response<String>, Infallible>>()
-    });
-    let io = TokioIo::new(tokio::io::join(head, tokio::io::sink()));
-    let mut http = http1::Builder::new();
-    let reading = http
-        .preserve_header_case(true)
-        .serve_connection(io, service);
-    // It never comes to an end, but the head is there at once.
-    let _ = reading.now_or_never();
-    let mut extensions = found.into_inner().unwrap_or_else(PoisonError::into_inner);
-    extensions.remove::<OnUpgrade>();
-    extensions
 }
 
 /// What the client sent to say who it is.
@@ -220,27 +136,26 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap, overview: &Overview) -> bool {
     if !overview.has(Names::HOP_BY_HOP) {
         return false;
     }
-    let others = Names(Names::HOP_BY_HOP.0 & !Names::CONNECTION.0);
     // What most servers say of most answers.
-    if !overview.has(others) && is_keep_alive(headers) {
+    if !overview.has(Names::BESIDE_CONNECTION) && is_keep_alive(headers) {
         headers.remove(CONNECTION);
         return false;
     }
     let takes_trailers = lists(headers.get_all(TE), b"trailers");
-    let named: Vec<HeaderName> = headers
+    let named = headers
         .get_all(CONNECTION)
         .iter()
         .flat_map(|value| value.as_bytes().split(|byte| *byte == b','))
-        .filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok())
-        .collect();
-    if headers.contains_key(TRANSFER_ENCODING) {
+        .filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok());
+    let known = headers
+        .keys()
+        .filter(|name| Names::of(name).meets(Names::HOP_BY_HOP));
+    let names: Vec<HeaderName> = named.chain(known.cloned()).collect();
+    if overview.has(Names::TRANSFER_ENCODING) {
         // RFC 9112 section 6.3: it overrides a length, which must not go on.
         headers.remove(CONTENT_LENGTH);
     }
-    for name in &named {
-        headers.remove(name);
-    }
-    for name in HOP_BY_HOP {
+    for name in &names {
         headers.remove(name);
     }
     takes_trailers
@@ -387,11 +302,20 @@ pub fn put_credential(headers: &mut HeaderMap, scheme: Scheme, value: HeaderValu
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
     use hyper::header::EXPECT;
 
-    fn map(fields: &[(&'static str, &'static str)]) -> HeaderMap {
+    const HOP_BY_HOP: [&str; 6] = [
+        "connection",
+        "proxy-connection",
+        "keep-alive",
+        "te",
+        "transfer-encoding",
+        "upgrade",
+    ];
+
+    pub fn map(fields: &[(&'static str, &'static str)]) -> HeaderMap {
         let mut headers = HeaderMap::new();
         for (name, value) in fields {
             headers.append(
@@ -441,35 +365,6 @@ mod tests {
         assert!(overview.has(Names::HOST) && !overview.repeats(Names::HOST));
         assert!(!overview.has(Names::EXPECT));
         assert_eq!(overview.size, 2 * (6 + 1 + 4) + 4 + 1 + 4);
-    }
-
-    #[test]
-    fn each_try_has_the_same_headers() {
-        let headers = map(&[("x-one", "1"), ("cookie", "a"), ("x-one", "2"), ("te", "x")]);
-        let mut extensions = Extensions::new();
-        extensions.insert("the case of names");
-        let mut tries = Tries::new(headers.clone(), extensions, None);
-        for _ in 0..3 {
-            let (next, extensions) = tries.next();
-            assert_eq!(next, headers);
-            assert!(next.iter().eq(headers.iter()), "the order");
-            assert_eq!(extensions.get(), Some(&"the case of names"));
-        }
-    }
-
-    #[test]
-    fn a_head_says_nothing_but_the_case_of_names() {
-        let headers = map(&[("host", "h"), ("x-one", "1"), ("content-length", "0")]);
-        let other = "POST / HTTP/1.1\r\nHost: x\r\nX-ONE: 2\r\nContent-Length: 9\r\n\r\nbody";
-        let cut = "-One: 2\r\nContent-Length: 9\r\n\r\n";
-        for (head, is_read) in [(other, true), (cut, false)] {
-            let mut tries = Tries::new(headers.clone(), Extensions::new(), Some(head.into()));
-            for number in 0..3 {
-                let (next, extensions) = tries.next();
-                assert_eq!(next, headers);
-                assert_eq!(extensions.is_empty(), number == 0 || !is_read, "{number}");
-            }
-        }
     }
 
     #[test]

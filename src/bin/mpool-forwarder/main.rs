@@ -50,6 +50,7 @@ mod report;
 mod resp;
 mod rooms;
 mod server;
+mod tries;
 mod upload;
 mod upstream;
 

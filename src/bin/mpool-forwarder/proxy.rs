@@ -6,12 +6,13 @@ use crate::answers::Code;
 use crate::base::Base;
 use crate::client_io::{Active, Exchange, Turn};
 use crate::config::Limits;
-use crate::headers::{self, GivenKey, Names, Overview, Tries};
+use crate::headers::{self, GivenKey, Names, Overview};
 use crate::known::Look;
 use crate::lender::{self, Denied, Grant, Lender, State};
 use crate::metrics::Metrics;
 use crate::relay::{Bounds, Relay, Reply};
 use crate::report::{Report, log_lease};
+use crate::tries::Tries;
 use crate::upload::{self, Fault, Rules, Upload, UploadBody};
 use crate::upstream::{Download, SendError, Upstream};
 use hyper::body::{Body, Incoming};
@@ -494,11 +495,12 @@ impl Proxy {
         }
         // Or it has been found that the account is not at fault.
         let now = self.now();
-        if account.cooled_since(sent_at) || self.lender.accounts.is_suspect(self.who(order), now) {
+        let who = self.who(order);
+        if account.cooled_since(sent_at) || self.lender.accounts.is_suspect(who, now) {
             return Replacement::Innocent;
         }
-        let units = account.refused(self.who(order), now);
-        self.lender.accounts.doubt(self.who(order), DOUBT, now);
+        let units = account.refused(who, now);
+        self.lender.accounts.doubt(who, DOUBT, now);
         let charge = Charge {
             lender: self.lender.clone(),
             account: Some(Arc::clone(account)),
@@ -528,14 +530,12 @@ impl Proxy {
 
     /// A second account has refused the request too: it may well be the request.
     fn refused_by_two(&self, order: &Order, second: &Account, charge: Option<Charge>) {
-        second.refused_too(self.who(order));
+        let who = self.who(order);
+        second.refused_too(who);
         match charge {
             // Without a verdict, it falls.
             Some(charge) => drop(charge),
-            None => self
-                .lender
-                .accounts
-                .doubt(self.who(order), DOUBT, self.now()),
+            None => self.lender.accounts.doubt(who, DOUBT, self.now()),
         }
     }
 
@@ -552,17 +552,17 @@ impl Proxy {
     /// Answers whether the account has been cooled down.
     async fn connection_failed(&self, order: &Order, grant: &Grant, error: SendError) -> bool {
         let (account, accounts) = (&grant.lease.account, &self.lender.accounts);
-        let now = self.now();
+        let (who, now) = (self.who(order), self.now());
         // A key that has cost one account must have got an answer before it costs the next.
         // What happens before anything is sent, or for want of time, is no account's doing.
         let its_own = matches!(error, SendError::Broke | SendError::Garbage);
-        if grant.lease.bound || !its_own || accounts.is_suspect(self.who(order), now) {
+        if grant.lease.bound || !its_own || accounts.is_suspect(who, now) {
             return false;
         }
         let Some(units) = accounts.failed(account, self.cooldown_ms(), now) else {
             return false;
         };
-        accounts.doubt(self.who(order), self.cooldown_ms(), now);
+        accounts.doubt(who, self.cooldown_ms(), now);
         self.cool(account, units, "connections to the upstream keep failing")
             .await
     }
