@@ -5,6 +5,7 @@ use super::account::{Account, Class};
 use super::key::{Key, NEVER, Standing};
 use super::{AccountId, Choice, Effect, File, KeyId, Pool, SWEEP_LIMIT, Tier, key::Flaw};
 use crate::accounts::Credential;
+use std::hint::black_box;
 
 /// How a key came by its account.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -171,6 +172,8 @@ impl Pool {
         now: i64,
         choice: &mut Choice,
     ) -> Result<(Decision, Vec<Effect>), Refusal> {
+        let last = self.key(id).and_then(|key| key.holds.or(key.previous));
+        self.touch(id, last);
         self.advance(now);
         let mut supposed = Vec::new();
         self.supposing = true;
@@ -191,6 +194,7 @@ impl Pool {
                     .is_some_and(|own| own.class == Class::Unknown)
             })
         });
+        self.touch(id, chosen);
         self.recent = [chosen, avoided];
         let outcome = match chosen {
             Some(account) => Ok(self.grant(id, account, avoided, state, now, &supposed)),
@@ -233,6 +237,25 @@ impl Pool {
             next: Some(next),
         };
         (decision, effects)
+    }
+
+    /// Reads at once what a change of the key's lease on the account looks at piece by
+    /// piece: then memory is waited for once. With many accounts or keys little of it is
+    /// in the processor's cache.
+    fn touch(&self, key: KeyId, account: Option<AccountId>) {
+        let Some(id) = account else { return };
+        let Some(account) = self.account(id) else {
+            return;
+        };
+        black_box((
+            account.is_cooled(),
+            self.places.get(id.slot()),
+            self.seats.get(key.slot()),
+        ));
+        // Whoever stands last in its bucket takes its place there.
+        let bucket = self.tier(account.tier).buckets.get(account.holders.len());
+        let last = bucket.and_then(|bucket| bucket.last());
+        black_box(last.map(|last| self.places.get(last.slot())));
     }
 
     fn refusal(&self, now: i64) -> Refusal {
@@ -356,7 +379,9 @@ impl Pool {
             .filter(|key| key.standing != Standing::Unregistered);
         let key = key.ok_or(Refusal::NoKey)?;
         let mut freed = Freed::default();
+        self.touch(id, key.holds);
         self.let_go(key.name.boxed(), key.holds, &mut freed);
+        self.recent = [key.holds, key.previous];
         if let Some(now) = now {
             self.sweep(now, &mut freed.effects);
             let own =

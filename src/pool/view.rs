@@ -185,7 +185,16 @@ impl Pool {
         if stored == Stored::Absent && self.find_account(tier, name).is_none() {
             return;
         }
-        self.change_account(tier, name, |account| account.stored = stored);
+        let Some(id) = self.intern_account(tier, name) else {
+            return;
+        };
+        // No end of anything changes with it.
+        self.detach(id);
+        if let Some(account) = self.accounts.get_mut(id.slot()) {
+            account.stored = stored;
+        }
+        self.attach(id);
+        self.drop_idle_account(id);
     }
 
     /// An account is now recorded as cooling down until `until` (unix ms);
