@@ -48,6 +48,7 @@ pub(crate) fn flushed() {
 
 /// Another database is the pool's now.
 pub(crate) fn swapped(ctx: &Context) {
+    store::signal_all(ctx);
     node::suspect();
     // Failing that, whoever comes next does it.
     let _ = rebuild::renew(ctx, Files::InPortions);

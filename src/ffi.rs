@@ -971,6 +971,17 @@ pub(crate) fn has_clients(ctx: &Context) -> bool {
     }
 }
 
+/// Has Redis tell those who track that key (CLIENT TRACKING) that it has changed.
+pub(crate) fn signal_change(ctx: &Context, name: &[u8]) {
+    let name = ctx.create_string(name);
+    // SAFETY: a live context and string.
+    unsafe {
+        if let Some(signal) = raw::RedisModule_SignalModifiedKey {
+            signal(ctx.ctx, name.inner);
+        }
+    }
+}
+
 /// Whether Redis asks that nothing be written without a client's wish: clients
 /// are paused, for a failover say, and a write would abort the server.
 pub(crate) fn must_not_write() -> bool {

@@ -143,6 +143,12 @@ pub(crate) fn scan(
     more
 }
 
+/// Has Redis tell those who track the pool's keys (CLIENT TRACKING) that all of them
+/// may have changed, as SWAPDB tells nobody: by a name that bears no client key.
+pub(crate) fn signal_all(ctx: &Context) {
+    ffi::signal_change(ctx, CLIENT_KEYS.as_bytes());
+}
+
 type Hash<const N: usize> = Result<Option<[Option<RedisString>; N]>, WrongType>;
 
 /// What a key of the pool holds.

@@ -2294,7 +2294,7 @@ fn a_lease_that_is_known_to_stay_is_not_asked_for() {
 fn a_known_lease_ends_with_what_it_rests_on() {
     type Change = fn(&Stage<Upstream>, &mut support::Client, &str);
     // What is changed, and the code that follows; none: another account.
-    let changes: [(&str, Change, Option<&str>); 8] = [
+    let changes: [(&str, Change, Option<&str>); 10] = [
         (
             "revoked",
             |_, redis, key| redis.ok(&["MPOOL.REVOKE", key]),
@@ -2326,6 +2326,21 @@ fn a_known_lease_ends_with_what_it_rests_on() {
         (
             "flushed",
             |_, redis, _| redis.ok(&["FLUSHALL"]),
+            Some("NOKEY"),
+        ),
+        (
+            "another database in the place of the pool's",
+            |_, redis, _| redis.ok(&["SWAPDB", "0", "1"]),
+            Some("NOKEY"),
+        ),
+        (
+            "and another one again",
+            |stage, redis, key| {
+                redis.ok(&["SWAPDB", "0", "1"]);
+                redis.ok(&["SWAPDB", "1", "0"]);
+                make_known(stage, &mut stage.client(), key);
+                redis.ok(&["SWAPDB", "0", "1"]);
+            },
             Some("NOKEY"),
         ),
         (

@@ -198,6 +198,9 @@ pub(crate) fn is_pool_database(_ctx: &Context) -> bool {
     true
 }
 
+/// Nobody tracks keys here.
+pub(crate) fn signal_change(_ctx: &Context, _name: &[u8]) {}
+
 pub(crate) fn must_not_write() -> bool {
     false
 }

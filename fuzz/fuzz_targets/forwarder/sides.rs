@@ -132,7 +132,7 @@ impl Sides {
                         "+OK\r\n".to_owned()
                     }
                     [b"HELLO", b"3"] => "%1\r\n+proto\r\n:3\r\n".to_owned(),
-                    [b"EXISTS", _, _] => ":2\r\n".to_owned(),
+                    [b"EXISTS", _, _, b"client_keys:"] => ":2\r\n".to_owned(),
                     [b"MPOOL.ACQUIRE", key, b"*", b"WITHTOKEN"] => self.lease(key),
                     [b"MPOOL.COOLDOWN", b"medium", account, b"*", ms]
                     | [

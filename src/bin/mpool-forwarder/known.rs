@@ -12,7 +12,8 @@ use std::net::TcpStream;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// The names that Redis tells of begin so; a client key follows.
+/// The names that Redis tells of begin so; a client key follows. Alone it stands for all
+/// of them: the module has it told of when another database takes the place of the pool's.
 pub const REGISTRATION: &str = "client_keys:";
 pub const LEASE: &str = "key_rotation:";
 /// Keys that are kept in mind at once.
@@ -174,8 +175,10 @@ impl Known {
                     let key = name
                         .strip_prefix(REGISTRATION)
                         .or_else(|| name.strip_prefix(LEASE));
-                    if let Some(key) = key {
-                        inner.keys.remove(key);
+                    match key {
+                        Some("") => inner.keys.clear(),
+                        Some(key) => drop(inner.keys.remove(key)),
+                        None => {}
                     }
                 }
             }
@@ -275,12 +278,7 @@ mod tests {
             matches!(known.look("k", now + SPAN, 1000), Look::Track(_)),
             "it has rotated"
         );
-        for name in [
-            "client_keys:other",
-            "medium_pool:slots:k",
-            "k",
-            "client_keys:",
-        ] {
+        for name in ["client_keys:other", "medium_pool:slots:k", "k"] {
             learn(&known, "x", now);
             told(&format!(
                 ">2\r\n$10\r\ninvalidate\r\n*1\r\n${}\r\n{name}\r\n",
@@ -292,6 +290,7 @@ mod tests {
         for message in [
             ">2\r\n$10\r\ninvalidate\r\n*2\r\n$1\r\nk\r\n$13\r\nclient_keys:x\r\n",
             ">2\r\n$10\r\ninvalidate\r\n*1\r\n$14\r\nkey_rotation:x\r\n",
+            ">2\r\n$10\r\ninvalidate\r\n*1\r\n$12\r\nclient_keys:\r\n",
             ">2\r\n$10\r\ninvalidate\r\n_\r\n",
             ">1\r\n$7\r\nunknown\r\n",
         ] {

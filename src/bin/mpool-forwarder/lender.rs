@@ -217,7 +217,8 @@ impl Lender {
         // Redis remembers who has read which keys.
         let names = [REGISTRATION, LEASE].map(|kind| format!("{kind}{key}"));
         let [registration, lease] = names.each_ref().map(|name| name.as_bytes());
-        let reading = self.link.send(&[b"EXISTS", registration, lease]);
+        let all = REGISTRATION.as_bytes();
+        let reading = self.link.send(&[b"EXISTS", registration, lease, all]);
         let grant = self.ask(key).await?;
         let read = reading.await;
         if read.is_ok_and(|reply| reply.starts_with(b":")) {
