@@ -246,6 +246,8 @@ impl Run {
         for account in ["a", "b", "c", "d"] {
             server.write_account(&format!("medium/{account}"), &bearer(account));
         }
+        // What has just happened may have the keyspace read anew.
+        client.wait_until_ready();
         client.ok(&["MPOOL.RELOAD"]);
         for number in 0..KEYS {
             let record = format!("client_keys:key{number}");
