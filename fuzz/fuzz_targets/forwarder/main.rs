@@ -4,7 +4,7 @@
 //! tokio's paused one, so that waiting takes no time.
 //!
 //! The input's first byte says how the upstream behaves, the second in what pieces the
-//! client sends the rest and whether it ends its part.
+//! client sends the rest, whether it ends its part, and whether leases are remembered.
 //!
 //! Nothing gets in: what the upstream gets is well-formed to the letter, and is request
 //! for request what the client sent, with the credential of the key's account, none of
@@ -161,7 +161,7 @@ static CONFIG: LazyLock<Config> = LazyLock::new(|| {
     }
 });
 
-fn config() -> Config {
+fn config(lease_cache: Duration) -> Config {
     Config {
         listen: CONFIG.listen,
         admin: None,
@@ -174,7 +174,7 @@ fn config() -> Config {
         timeouts: CONFIG.timeouts,
         limits: CONFIG.limits,
         grace: CONFIG.grace,
-        lease_cache: CONFIG.lease_cache,
+        lease_cache,
         cooldown: CONFIG.cooldown,
         log: CONFIG.log,
         log_level: CONFIG.log_level,
@@ -185,13 +185,18 @@ fn config() -> Config {
 /// got, and what the client did.
 async fn talk(behaviour: Behaviour, manner: u8, bytes: &[u8]) -> (Vec<Message>, Vec<u8>) {
     let sides = Sides::start(&LISTENERS.redis, &LISTENERS.upstream, behaviour);
+    let lease_cache = if manner & 8 == 0 {
+        Duration::ZERO
+    } else {
+        Duration::from_secs(60)
+    };
     let shared = Arc::new(Shared {
         metrics: Arc::new(metrics::Metrics::new()),
         seen: Arc::new(lender::Seen::new(Duration::from_secs(60))),
         accounts: Arc::default(),
         began: Instant::now(),
         outage_told: Arc::default(),
-        config: config(),
+        config: config(lease_cache),
     });
     let budget = Arc::new(upload::Budget::new(shared.config.limits.replay_memory));
     let (connections, waiting) = mpsc::unbounded_channel();
