@@ -97,7 +97,7 @@ impl Denied {
 
 /// The last reply for a key, and what was read from it.
 struct Known {
-    reply: Box<[u8]>,
+    reply: Bytes,
     grant: Grant,
 }
 
@@ -136,11 +136,11 @@ impl Seen {
         })
     }
 
-    /// What this very reply meant the last time.
-    fn meaning(&self, key: &str, reply: &[u8]) -> Option<Grant> {
+    /// The last reply for a key, and what it meant.
+    fn last(&self, key: &str) -> Option<(Bytes, Grant)> {
         let by_key = self.by_key();
-        let known = by_key.get(key)?;
-        (*known.reply == *reply).then(|| known.grant.clone())
+        let Known { reply, grant } = by_key.get(key)?;
+        Some((reply.clone(), grant.clone()))
     }
 
     fn keep(&self, key: &str, reply: &[u8], grant: &Grant, now: i64) {
@@ -160,7 +160,7 @@ impl Seen {
         by_key.insert(
             key.into(),
             Known {
-                reply: reply.into(),
+                reply: Bytes::copy_from_slice(reply),
                 grant: grant.clone(),
             },
         );
@@ -218,7 +218,8 @@ impl Lender {
         let names = [REGISTRATION, LEASE].map(|kind| format!("{kind}{key}"));
         let [registration, lease] = names.each_ref().map(|name| name.as_bytes());
         let all = REGISTRATION.as_bytes();
-        let reading = self.link.send(&[b"EXISTS", registration, lease, all]);
+        let words: [&[u8]; 4] = [b"EXISTS", registration, lease, all];
+        let reading = self.link.send(&words, None);
         let grant = self.ask(key).await?;
         let read = reading.await;
         if read.is_ok_and(|reply| reply.starts_with(b":")) {
@@ -233,11 +234,13 @@ impl Lender {
     /// As [`Self::acquire`].
     pub async fn ask(&self, key: &str) -> Result<Grant, Denied> {
         let words: [&[u8]; 4] = [b"MPOOL.ACQUIRE", key.as_bytes(), b"*", b"WITHTOKEN"];
-        let denied = match self.link.ask(&words).await {
+        let last = self.seen.last(key);
+        let expected = last.as_ref().map(|(reply, _)| reply.clone());
+        let denied = match self.link.send(&words, expected).await {
             Ok(reply) => match error_in(&reply) {
                 None => {
                     self.link.heard();
-                    return self.granted(key, &reply);
+                    return self.granted(key, &reply, last);
                 }
                 Some(error) => refused(error),
             },
@@ -258,9 +261,14 @@ impl Lender {
         Err(denied)
     }
 
-    fn granted(&self, key: &str, reply: &[u8]) -> Result<Grant, Denied> {
+    fn granted(
+        &self,
+        key: &str,
+        reply: &Bytes,
+        last: Option<(Bytes, Grant)>,
+    ) -> Result<Grant, Denied> {
         // Mostly it is what was said the last time.
-        if let Some(grant) = self.seen.meaning(key, reply) {
+        if let Some((_, grant)) = last.filter(|(last, _)| last == reply) {
             return Ok(grant);
         }
         let grant = self.read(reply)?;

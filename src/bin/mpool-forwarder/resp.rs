@@ -29,6 +29,10 @@ pub fn command(words: &[&[u8]]) -> Vec<u8> {
 }
 
 fn head(packed: &mut Vec<u8>, kind: u8, number: usize) {
+    if let Ok(digit @ 0..=9) = u8::try_from(number) {
+        packed.extend_from_slice(&[kind, b'0' + digit, b'\r', b'\n']);
+        return;
+    }
     packed.push(kind);
     let start = packed.len();
     let mut rest = number;
