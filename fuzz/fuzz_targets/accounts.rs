@@ -59,7 +59,7 @@ fn found(bytes: &[u8]) -> Found {
             for shown in [format!("{credential:?}"), format!("{credential:#?}")] {
                 // What every Debug output has in it is no leak.
                 let known = "Credential { auth: Bearer XApiKey token: SecretBox<str>([REDACTED]) expires_at: Some(\n None, }";
-                let end = format!("{:?}", credential.expires_at);
+                let end = format!("{0:?} {0:#?}", credential.expires_at);
                 let is_known = known.contains(token) || end.contains(token);
                 assert!(
                     token.len() < 8 || is_known || !shown.contains(token),
