@@ -6,9 +6,9 @@
 //! two, a page has ten rows. Each command has the time of a call as a client sees
 //! it that waits for each answer (the median call's), the server's CPU time for a
 //! call in pipelines, and the longest stall during such pipelines (see
-//! common/probe.rs). Beside them stand those of plain Redis, over as many keys: the
-//! reads of a lease and the writes that a choice comes down to. They show how much
-//! of any growth is the machine's memory.
+//! common/probe.rs). Beside them stand those of plain Redis: the reads of a lease, over
+//! as many keys, and the writes that a choice comes down to, over a key for each call
+//! at the most. They show how much of any growth is the machine's memory.
 //!
 //! All sizes are measured side by side, round after round, in one run; figures
 //! are medians, with the least and the most beside them, and ratios are taken
