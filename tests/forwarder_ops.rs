@@ -18,7 +18,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 use support::network::Place;
 use support::sentinels::Sentinels;
-use support::{DAY, Options, PATIENCE, Server, free_port, wait_for, while_reading};
+use support::{
+    DAY, Options, PATIENCE, Server, free_port, optional_number, text, wait_for, while_reading,
+};
 
 /// In every URL and variable that must never be repeated.
 const SECRET: &str = "s3cr3t-of-redis";
@@ -2451,22 +2453,24 @@ fn a_known_lease_rotates_in_time() {
 
 #[test]
 fn every_request_asks_where_changes_are_not_told_of() {
-    let server = Options::default().accounts(&["a", "b"]).start();
+    let server = Options::default().accounts(&["a", "b", "c"]).start();
     let mut redis = server.connect();
-    for (user, rights) in [
-        ("no-hello", vec!["+mpool.acquire"]),
-        ("no-tracking", vec!["+mpool.acquire", "+hello"]),
-        (
-            "no-reading",
-            vec!["+mpool.acquire", "+hello", "+client|tracking"],
-        ),
+    let most = ["+hello", "+client|tracking", "+client|setname"];
+    let all = [&most[..], &["+exists"]].concat();
+    for (user, names, rights) in [
+        ("no-hello", "~client_keys:*", &[][..]),
+        ("no-tracking", "~client_keys:*", &["+hello"]),
+        ("no-reading", "~client_keys:*", &most),
+        // All keys' records, but not the name that stands for them all.
+        ("no-name-for-all", "%R~client_keys:?*", &all),
     ] {
-        let mut words = vec!["ACL", "SETUSER", user, "on", ">secret-of-redis", "~*", "&*"];
-        words.extend(rights);
-        redis.ok(&words);
+        let words = ["ACL", "SETUSER", user, "on", ">secret-of-redis", names];
+        let leases = ["%R~key_rotation:*", "&*", "+mpool.acquire"];
+        redis.ok(&[&words[..], &leases, rights].concat());
         let upstream = telling();
         let forwarder = Forwarder::between(&server, &upstream)
             .args(&["--redis-user", user, "--lease-cache", "1h"])
+            .args(&["--threads", "1"])
             .env("MPOOL_REDIS_PASSWORD", "secret-of-redis")
             .start();
         let key = redis.pool_key();
@@ -2476,6 +2480,16 @@ fn every_request_asks_where_changes_are_not_told_of() {
             check_ok(&client.get("/", &key));
         }
         assert_eq!(asked(&server) - before, 5, "{user}");
+        // One for the connection, not one for each request.
+        let refused = redis.run::<Vec<BTreeMap<String, Value>>>(&["ACL", "LOG"]);
+        let refused = refused
+            .iter()
+            .filter(|entry| text(&entry["username"]) == user)
+            .filter(|entry| ["exists", "client_keys:"].contains(&&*text(&entry["object"])));
+        let refused: i64 = refused
+            .filter_map(|entry| optional_number(&entry["count"]))
+            .sum();
+        assert_eq!(refused, i64::from(rights.len() >= most.len()), "{user}");
     }
     // Nor where that is not wanted.
     let stage = Stage::on(server, telling(), &["--lease-cache", "0s"]);

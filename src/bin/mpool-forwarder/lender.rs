@@ -221,9 +221,11 @@ impl Lender {
         let words: [&[u8]; 4] = [b"EXISTS", registration, lease, all];
         let reading = self.link.send(&words, None);
         let grant = self.ask(key).await?;
-        let read = reading.await;
-        if read.is_ok_and(|reply| reply.starts_with(b":")) {
-            self.link.known.learn(key, ticket, &grant);
+        match reading.await {
+            Ok(read) if read.starts_with(b":") => self.link.known.learn(key, ticket, &grant),
+            // Whoever may not read them is told of no changes: not to be tried each time.
+            Ok(refused) if refused.starts_with(b"-NOPERM") => self.link.known.end(),
+            _ => {}
         }
         Ok(grant)
     }
