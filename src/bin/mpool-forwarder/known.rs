@@ -84,15 +84,12 @@ impl Known {
 
     /// Redis tells of changes from now on, over a connection with this socket.
     pub fn begin(&self, line: Option<TcpStream>) {
-        *self.inner() = Inner {
-            line,
-            ..Inner::default()
-        };
+        self.inner().restart(line);
     }
 
-    /// The connection is gone, and with it all that was known.
+    /// It tells of none any more, or is gone, and with it all that was known.
     pub fn end(&self) {
-        *self.inner() = Inner::default();
+        self.inner().restart(None);
     }
 
     /// Whether a message has come in part.
@@ -189,6 +186,15 @@ impl Known {
 }
 
 impl Inner {
+    fn restart(&mut self, line: Option<TcpStream>) {
+        *self = Self {
+            line,
+            // No question of a former connection's is to be taken for one of this one's.
+            tickets: self.tickets,
+            ..Self::default()
+        };
+    }
+
     /// Whether nothing has come on the connection that has not been read: what
     /// Redis has told counts from when it has been sent.
     fn is_silent(&self) -> bool {
@@ -344,6 +350,25 @@ mod tests {
             known.learn("k", ticket, &grant(state));
             assert!(!is_known(&known, "k", now), "{state:?}");
         }
+    }
+
+    #[test]
+    fn an_answer_by_a_former_connection_is_not_learned() {
+        let now = Instant::now();
+        let (known, far) = line();
+        let ticket = || {
+            assert!(matches!(known.look("k", now, 5), Look::Ask));
+            match known.look("k", now, 5) {
+                Look::Track(ticket) => ticket,
+                other => panic!("{other:?}"),
+            }
+        };
+        let former = ticket();
+        known.end();
+        known.begin(Some(far));
+        let _own = ticket();
+        known.learn("k", former, &grant(State::Current));
+        assert!(!is_known(&known, "k", now));
     }
 
     #[test]
