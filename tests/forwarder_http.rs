@@ -9,7 +9,7 @@ use proxy::{Client, Exchange, Head, Http2Upstream, Stage, Upstream, chunked, req
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, Barrier, LazyLock};
 use std::time::{Duration, Instant};
 use support::{Options, PATIENCE, wait_for};
 
@@ -1633,6 +1633,24 @@ fn a_download_without_an_end_leaves_the_others_their_turns() {
     waits.sort_unstable();
     let median = waits[waits.len() / 2];
     assert!(median < 40 * MIB, "{} MiB", median / MIB);
+}
+
+#[test]
+fn all_requests_that_come_at_once_are_on_their_way_before_any_is_answered() {
+    const MANY: usize = 300;
+    let all = Arc::new(Barrier::new(MANY));
+    let upstream = Upstream::start(move |exchange| {
+        all.wait();
+        exchange.ok();
+    });
+    let stage = Stage::with(upstream, &["--threads", "1"]);
+    let mut clients: Vec<Client> = (0..MANY).map(|_| stage.client()).collect();
+    for client in &mut clients {
+        client.ask("GET", "/", &stage.key, &[], b"");
+    }
+    for mut client in clients {
+        assert_eq!(client.answer().text(), "ok");
+    }
 }
 
 #[test]

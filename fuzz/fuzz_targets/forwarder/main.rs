@@ -26,6 +26,8 @@ mod base;
 mod client_io;
 #[path = "../../../src/bin/mpool-forwarder/config/mod.rs"]
 mod config;
+#[path = "../../../src/bin/mpool-forwarder/gate.rs"]
+mod gate;
 #[path = "../../../src/bin/mpool-forwarder/headers.rs"]
 mod headers;
 #[path = "../../../src/bin/mpool-forwarder/known.rs"]

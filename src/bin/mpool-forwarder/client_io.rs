@@ -4,6 +4,7 @@
 
 use crate::answers::Code;
 use crate::config::Timeouts;
+use crate::gate::{Gate, Ticket};
 use crate::metrics::Metrics;
 use crate::patience::Patience;
 use bytes::{Buf, Bytes};
@@ -232,6 +233,8 @@ pub struct Bounds {
     keepalive: Duration,
     send: Duration,
     metrics: Arc<Metrics>,
+    /// For all connections of a thread.
+    gate: Arc<Gate>,
 }
 
 impl Bounds {
@@ -241,6 +244,7 @@ impl Bounds {
             keepalive: timeouts.keepalive,
             send: timeouts.send,
             metrics: Arc::clone(metrics),
+            gate: Arc::default(),
         }
     }
 }
@@ -293,6 +297,8 @@ pub struct ClientIo<S> {
     /// Since when more of that, or its beginning, is waited for.
     waiting_since: Option<Instant>,
     scan: HeadScan,
+    /// Its place among those whose requests have come.
+    ticket: Ticket,
     /// Whether the library reads, so that it sees a client go.
     reading: bool,
     /// Looks out for that while it does not: a second view of the socket.
@@ -320,6 +326,7 @@ impl<S: Transport> ClientIo<S> {
             in_head: false,
             waiting_since: None,
             scan: HeadScan::default(),
+            ticket: Ticket::default(),
             reading: false,
             lookout: None,
             stalled_since: None,
@@ -338,6 +345,14 @@ impl<S: Transport> ClientIo<S> {
     fn is_answered(&self) -> bool {
         let exchange = &self.exchange;
         exchange.active.load(Ordering::Relaxed) <= exchange.held.load(Ordering::Relaxed)
+    }
+
+    /// Whether a request has come and none of it has been read. (Over HTTP/2, one
+    /// connection has the requests of many.)
+    fn begins_head(&self, cx: &mut Context<'_>) -> bool {
+        let may_begin = !self.is_http2 && !self.in_head && self.is_idle();
+        let mut has_come = || self.inner.socket().poll_read_ready(cx).is_ready();
+        may_begin && (self.ticket.is_held() || has_come())
     }
 
     /// Takes note of requests that began since the last look.
@@ -506,6 +521,11 @@ impl<S: Transport> AsyncRead for ClientIo<S> {
             return Poll::Ready(Ok(()));
         }
         this.note();
+        if this.begins_head(cx) {
+            this.reading = true;
+            let gate = &this.bounds.gate;
+            ready!(gate.poll_enter(&mut this.ticket, cx));
+        }
         let before = buffer.filled().len();
         if let Poll::Ready(read) = Pin::new(&mut this.inner).poll_read(cx, buffer) {
             let came = buffer.filled().get(before..).unwrap_or_default();

@@ -37,6 +37,7 @@ mod answers;
 mod base;
 mod client_io;
 mod config;
+mod gate;
 mod headers;
 mod known;
 mod lender;
