@@ -1645,12 +1645,33 @@ fn all_requests_that_come_at_once_are_on_their_way_before_any_is_answered() {
     });
     let stage = Stage::with(upstream, &["--threads", "1"]);
     let mut clients: Vec<Client> = (0..MANY).map(|_| stage.client()).collect();
+    stage.forwarder.signal("STOP");
     for client in &mut clients {
         client.ask("GET", "/", &stage.key, &[], b"");
     }
+    stage.forwarder.signal("CONT");
     for mut client in clients {
         assert_eq!(client.answer().text(), "ok");
     }
+}
+
+#[test]
+fn requests_that_have_come_before_the_end_is_asked_for_are_answered() {
+    let mut stage = Stage::with(Upstream::ok(), &["--threads", "1"]);
+    let mut clients: Vec<Client> = (0..300).map(|_| stage.client()).collect();
+    for client in &mut clients {
+        assert_eq!(client.get("/", &stage.key).text(), "ok");
+    }
+    stage.forwarder.signal("STOP");
+    for client in &mut clients {
+        client.ask("GET", "/", &stage.key, &[], b"");
+    }
+    stage.forwarder.signal("TERM");
+    stage.forwarder.signal("CONT");
+    for client in &mut clients {
+        assert_eq!(client.answer().text(), "ok");
+    }
+    assert_eq!(stage.forwarder.wait(), 0);
 }
 
 #[test]

@@ -247,6 +247,11 @@ impl Bounds {
             gate: Arc::default(),
         }
     }
+
+    /// Has requests that have come taken up at once, as there will be no others.
+    pub fn open(&self) {
+        self.gate.open();
+    }
 }
 
 /// A transport that has a socket underneath.

@@ -27,7 +27,7 @@ use std::io;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::Waker;
+use std::task::{Poll, Waker};
 use std::thread;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -303,6 +303,9 @@ pub async fn work(
             }
         });
     }
+    // What has come by now is known to have come once the sockets have been looked at.
+    tokio::task::yield_now().await;
+    http.bounds.open();
     let _ = stop.send(());
     drop(stopping);
     // Each connection keeps a receiver for as long as it lasts.
@@ -445,6 +448,10 @@ fn to_its_end<C: Future>(
         if (asks || is_told) && !stopped.is_terminated() {
             asked = Some(cx.waker().clone());
             if stopped.as_mut().poll(cx).is_ready() {
+                // A request that has come before is under way.
+                if connection.as_mut().poll(cx).is_ready() {
+                    return Poll::Ready(());
+                }
                 end(connection.as_mut());
             }
         }
