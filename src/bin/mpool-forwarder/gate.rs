@@ -112,6 +112,11 @@ mod tests {
         gate.poll_enter(ticket, cx).is_ready()
     }
 
+    fn on_a_thread(work: impl Future<Output = ()>) {
+        let runtime = tokio::runtime::Builder::new_current_thread().build();
+        runtime.unwrap().block_on(work);
+    }
+
     async fn all_enter_in_turn(gate: &Arc<Gate>, count: usize) {
         let mut waiting: Vec<Ticket> = (0..count).map(|_| Ticket::default()).collect();
         let mut rounds = 0;
@@ -135,10 +140,7 @@ mod tests {
 
     #[test]
     fn many_who_come_at_once_enter_a_few_at_a_time_and_in_turn() {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .build()
-            .unwrap();
-        runtime.block_on(async {
+        on_a_thread(async {
             let gate = Arc::new(Gate::default());
             for count in [1, MOST, 5 * MOST + 1, 3] {
                 all_enter_in_turn(&gate, count).await;
@@ -153,10 +155,7 @@ mod tests {
 
     #[test]
     fn who_leaves_the_queue_holds_nobody_up() {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .build()
-            .unwrap();
-        runtime.block_on(async {
+        on_a_thread(async {
             let gate = Arc::new(Gate::default());
             let mut gone: Vec<Ticket> = (0..3 * MOST).map(|_| Ticket::default()).collect();
             let entered = gone.iter_mut().map(|ticket| enters(&gate, ticket));
@@ -173,10 +172,7 @@ mod tests {
 
     #[test]
     fn an_open_gate_holds_nobody() {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .build()
-            .unwrap();
-        runtime.block_on(async {
+        on_a_thread(async {
             let gate = Arc::new(Gate::default());
             let mut tickets: Vec<Ticket> = (0..9 * MOST).map(|_| Ticket::default()).collect();
             let mut enter = |gate| tickets.iter_mut().all(|ticket| enters(gate, ticket));
