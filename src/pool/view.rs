@@ -189,11 +189,7 @@ impl Pool {
             return;
         };
         // No end of anything changes with it.
-        self.detach(id);
-        if let Some(account) = self.accounts.get_mut(id.slot()) {
-            account.stored = stored;
-        }
-        self.attach(id);
+        self.reorder(id, |account| account.stored = stored);
         self.drop_idle_account(id);
     }
 
@@ -433,14 +429,19 @@ impl Pool {
     }
 
     fn change(&mut self, id: AccountId, change: impl FnOnce(&mut Account)) {
-        self.detach(id);
         self.index_ends(id, false);
+        self.reorder(id, change);
+        self.index_ends(id, true);
+        self.drop_idle_account(id);
+    }
+
+    /// Changes an account, and its place in all orders but those of ends.
+    fn reorder(&mut self, id: AccountId, change: impl FnOnce(&mut Account)) {
+        self.detach(id);
         if let Some(account) = self.accounts.get_mut(id.slot()) {
             change(account);
         }
-        self.index_ends(id, true);
         self.attach(id);
-        self.drop_idle_account(id);
     }
 
     fn add_ref(&mut self, id: Option<AccountId>) {
