@@ -356,8 +356,7 @@ impl<S: Transport> ClientIo<S> {
     /// connection has the requests of many.)
     fn begins_head(&self, cx: &mut Context<'_>) -> bool {
         let may_begin = !self.is_http2 && !self.in_head && self.is_idle();
-        let mut has_come = || self.inner.socket().poll_read_ready(cx).is_ready();
-        may_begin && (self.ticket.is_held() || has_come())
+        may_begin && (self.ticket.is_held() || self.inner.socket().poll_read_ready(cx).is_ready())
     }
 
     /// Takes note of requests that began since the last look.

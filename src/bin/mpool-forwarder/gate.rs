@@ -23,8 +23,7 @@ struct Inner {
     /// Requests taken up in this round.
     begun: usize,
     waiting: VecDeque<Waker>,
-    /// Tickets given out, and those of them whose turn has come.
-    given: u64,
+    /// Tickets whose turn has come; those who wait have the next numbers.
     called: u64,
     /// A task of its own goes with the rounds.
     is_turning: bool,
@@ -61,8 +60,7 @@ impl Gate {
             inner.begun += 1;
             return Poll::Ready(());
         }
-        ticket.0 = Some(inner.given);
-        inner.given += 1;
+        ticket.0 = Some(inner.called + inner.waiting.len() as u64);
         inner.waiting.push_back(cx.waker().clone());
         if !inner.is_turning {
             inner.is_turning = true;

@@ -257,12 +257,21 @@ mod tests {
         (known, listener.accept().unwrap().0)
     }
 
-    /// Asks twice, so that the second answer is known.
-    fn learn(known: &Known, key: &str, now: Instant) {
+    fn track(known: &Known, key: &str, now: Instant) -> Ticket {
+        match known.look(key, now, 5) {
+            Look::Track(ticket) => ticket,
+            other => panic!("not tracked: {other:?}"),
+        }
+    }
+
+    /// Asks twice, so that the second answer may be learned.
+    fn meet(known: &Known, key: &str, now: Instant) -> Ticket {
         assert!(matches!(known.look(key, now, 5), Look::Ask));
-        let Look::Track(ticket) = known.look(key, now, 5) else {
-            panic!("not tracked")
-        };
+        track(known, key, now)
+    }
+
+    fn learn(known: &Known, key: &str, now: Instant) {
+        let ticket = meet(known, key, now);
         known.learn(key, ticket, &grant(State::Current));
         assert!(matches!(known.look(key, now, 5), Look::Lease(_)));
     }
@@ -318,9 +327,7 @@ mod tests {
     }
 
     fn learn_again(known: &Known, key: &str, now: Instant) {
-        let Look::Track(ticket) = known.look(key, now, 5) else {
-            panic!("not tracked")
-        };
+        let ticket = track(known, key, now);
         known.learn(key, ticket, &grant(State::Current));
         assert!(is_known(known, key, now));
     }
@@ -331,11 +338,7 @@ mod tests {
         let (known, _far) = line();
         let ticket = || {
             known.forget("k");
-            assert!(matches!(known.look("k", now, 5), Look::Ask));
-            match known.look("k", now, 5) {
-                Look::Track(ticket) => ticket,
-                other => panic!("{other:?}"),
-            }
+            meet(&known, "k", now)
         };
         let first = ticket();
         known.told(b">2\r\n$10\r\ninvalidate\r\n*1\r\n$13\r\nclient_keys:k\r\n");
@@ -356,17 +359,10 @@ mod tests {
     fn an_answer_by_a_former_connection_is_not_learned() {
         let now = Instant::now();
         let (known, far) = line();
-        let ticket = || {
-            assert!(matches!(known.look("k", now, 5), Look::Ask));
-            match known.look("k", now, 5) {
-                Look::Track(ticket) => ticket,
-                other => panic!("{other:?}"),
-            }
-        };
-        let former = ticket();
+        let former = meet(&known, "k", now);
         known.end();
         known.begin(Some(far));
-        let _own = ticket();
+        let _own = meet(&known, "k", now);
         known.learn("k", former, &grant(State::Current));
         assert!(!is_known(&known, "k", now));
     }
