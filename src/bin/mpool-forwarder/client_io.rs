@@ -454,8 +454,10 @@ impl<S: Transport> ClientIo<S> {
         polled: Poll<io::Result<usize>>,
         cx: &mut Context<'_>,
     ) -> Poll<io::Result<usize>> {
-        if polled.is_ready() {
+        if let Poll::Ready(taken) = &polled {
             self.stalled_since = None;
+            let count = taken.as_ref().map_or(0, |count| *count);
+            self.bounds.gate.passed_on(count);
             return polled;
         }
         let since = *self.stalled_since.get_or_insert_with(Instant::now);

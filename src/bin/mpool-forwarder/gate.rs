@@ -4,7 +4,7 @@
 //! a request would otherwise leave the processor's cache before its answer comes.
 //!
 //! Nobody waits for an answer of anybody's, so any number of requests may be on their
-//! way to a slow upstream.
+//! way to a slow upstream; and beside downloads at full speed nobody waits at all.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,6 +14,9 @@ use std::task::{Context, Poll, Waker};
 /// if that is more.
 const MOST: usize = if cfg!(fuzzing) { 1 } else { 64 };
 const PART: usize = 4;
+/// An answer of which so many bytes are taken at once is a download at full speed. It has
+/// its turn in every round, and so has a request then, lest it get less of the thread.
+const LARGE: usize = 16 << 10;
 
 #[derive(Debug, Default)]
 pub struct Gate(Mutex<Inner>);
@@ -25,6 +28,8 @@ struct Inner {
     waiting: VecDeque<Waker>,
     /// Tickets whose turn has come; those who wait have the next numbers.
     called: u64,
+    /// For how many more rounds everybody enters at once.
+    free_rounds: u8,
     /// A task of its own goes with the rounds.
     is_turning: bool,
     /// There are no more rounds.
@@ -56,17 +61,32 @@ impl Gate {
             ticket.0 = None;
             return Poll::Ready(());
         }
-        if inner.is_open || inner.begun < MOST && inner.waiting.is_empty() {
+        let is_free = inner.is_open || inner.free_rounds > 0;
+        let enters = is_free || inner.begun < MOST && inner.waiting.is_empty();
+        if enters {
             inner.begun += 1;
-            return Poll::Ready(());
+        } else {
+            ticket.0 = Some(inner.called + inner.waiting.len() as u64);
+            inner.waiting.push_back(cx.waker().clone());
         }
-        ticket.0 = Some(inner.called + inner.waiting.len() as u64);
-        inner.waiting.push_back(cx.waker().clone());
-        if !inner.is_turning {
+        let counts_rounds = !enters || inner.free_rounds > 0;
+        if counts_rounds && !inner.is_turning {
             inner.is_turning = true;
             tokio::spawn(go_round(Arc::clone(self)));
         }
-        Poll::Pending
+        if enters {
+            Poll::Ready(())
+        } else {
+            Poll::Pending
+        }
+    }
+
+    /// Tells of how many bytes a client has taken of an answer at once.
+    pub fn passed_on(&self, count: usize) {
+        if count >= LARGE {
+            // The one under way, and the next until the answer's turn in it.
+            self.inner().free_rounds = 2;
+        }
     }
 
     /// Has everybody enter at once, from now on.
@@ -91,9 +111,15 @@ async fn go_round(gate: Arc<Gate>) {
         // Until all that is ready has been looked at, sockets included.
         tokio::task::yield_now().await;
         let mut inner = gate.inner();
+        inner.free_rounds = inner.free_rounds.saturating_sub(1);
         let part = inner.waiting.len() / PART;
-        inner.call(MOST.max(part));
-        if inner.begun == 0 {
+        let most = if inner.free_rounds > 0 {
+            usize::MAX
+        } else {
+            MOST.max(part)
+        };
+        inner.call(most);
+        if inner.begun == 0 && inner.free_rounds == 0 {
             inner.is_turning = false;
             return;
         }
@@ -165,6 +191,36 @@ mod tests {
                 yield_now().await;
             }
             assert!(enters(&gate, &mut last));
+        });
+    }
+
+    #[test]
+    fn beside_a_download_at_full_speed_nobody_waits_for_more_than_a_round() {
+        on_a_thread(async {
+            let gate = Arc::new(Gate::default());
+            let all_enter = |count: usize| {
+                let mut tickets: Vec<Ticket> = (0..count).map(|_| Ticket::default()).collect();
+                let entered = tickets.iter_mut().map(|ticket| enters(&gate, ticket));
+                (entered.filter(|entered| *entered).count() == count, tickets)
+            };
+            gate.passed_on(LARGE - 1);
+            let (all, mut waiting) = all_enter(9 * MOST);
+            assert!(!all);
+            gate.passed_on(LARGE);
+            yield_now().await;
+            yield_now().await;
+            waiting.retain_mut(|ticket| ticket.is_held() && !enters(&gate, ticket));
+            assert!(waiting.is_empty(), "{} wait", waiting.len());
+            for _ in 0..5 {
+                gate.passed_on(LARGE);
+                assert!(all_enter(9 * MOST).0, "whoever comes later");
+                yield_now().await;
+            }
+            for _ in 0..3 {
+                yield_now().await;
+            }
+            assert!(!gate.inner().is_turning, "nobody waits");
+            assert!(!all_enter(9 * MOST).0, "the download is over");
         });
     }
 
