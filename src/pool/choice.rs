@@ -17,24 +17,25 @@ pub(crate) enum Choice {
 }
 
 impl Choice {
-    /// The position to take in a list of `length`, leaving out the position
-    /// `avoided`; none when nothing is left. `occasion` is what is decided: the
-    /// client key and `now` (unix ms). `name` gives the name at a position.
+    /// The position to take in a list of `length`, leaving out those `avoided`, one at
+    /// most; none when nothing is left. `occasion` is what is decided: the client key
+    /// and `now` (unix ms). `name` gives the name at a position.
     pub(super) fn position<'a>(
         &mut self,
         length: usize,
-        avoided: Option<usize>,
+        avoided: impl Fn(usize) -> bool,
         occasion: (&str, i64),
         name: impl Fn(usize) -> &'a str,
     ) -> Option<usize> {
         match self {
             Self::Random(rng) => {
-                let rest = length.saturating_sub(usize::from(avoided.is_some()));
-                let position = (rest > 0).then(|| rng.random_range(0..rest))?;
-                Some(match avoided {
-                    Some(avoided) if position >= avoided => position + 1,
-                    _ => position,
-                })
+                let position = (length > 0).then(|| rng.random_range(0..length))?;
+                if !avoided(position) {
+                    return Some(position);
+                }
+                // Each of the others is as likely as it was before.
+                let other = (length > 1).then(|| rng.random_range(0..length - 1))?;
+                Some(other + usize::from(other >= position))
             }
             Self::Seeded(seed) => {
                 let (key, now) = occasion;
@@ -47,7 +48,7 @@ impl Choice {
                 ];
                 let start = parts.into_iter().fold(START, absorb);
                 (0..length)
-                    .filter(|&position| Some(position) != avoided)
+                    .filter(|&position| !avoided(position))
                     .min_by_key(|&position| {
                         let name = name(position);
                         (mix(absorb(start, name.as_bytes())), name)
@@ -81,6 +82,7 @@ mod tests {
     const NAMES: [&str; 5] = ["a", "b", "c", "d", "e"];
 
     fn seeded(seed: u64, avoided: Option<usize>, key: &str, now: i64) -> Option<usize> {
+        let avoided = |at| Some(at) == avoided;
         Choice::Seeded(seed).position(NAMES.len(), avoided, (key, now), |at| NAMES[at])
     }
 
@@ -89,9 +91,8 @@ mod tests {
         let mut backwards = Choice::Seeded(7);
         for now in 0..200 {
             let chosen = seeded(7, None, "key", now).map(|at| NAMES[at]);
-            let other = backwards.position(NAMES.len(), None, ("key", now), |at| {
-                NAMES[NAMES.len() - 1 - at]
-            });
+            let name = |at| NAMES[NAMES.len() - 1 - at];
+            let other = backwards.position(NAMES.len(), |_| false, ("key", now), name);
             assert_eq!(other.map(|at| NAMES[NAMES.len() - 1 - at]), chosen);
         }
     }
@@ -129,6 +130,33 @@ mod tests {
     }
 
     #[test]
+    fn chance_shares_out_evenly_whatever_is_avoided() {
+        for avoided in (0..NAMES.len()).map(Some).chain([None]) {
+            let mut choice = Choice::Random(SmallRng::seed_from_u64(11));
+            let mut counts = [0_u32; NAMES.len()];
+            for _ in 0..4000 {
+                let position = choice.position(
+                    NAMES.len(),
+                    |at| Some(at) == avoided,
+                    ("key", 0),
+                    |at| NAMES[at],
+                );
+                counts[position.unwrap()] += 1;
+            }
+            // A fair share is 1000 of four and 800 of five; six standard deviations are 164.
+            let fair = if avoided.is_some() { 1000 } else { 800 };
+            let bad = |&(at, count): &(usize, &u32)| {
+                let share = if Some(at) == avoided { 0 } else { fair };
+                count.abs_diff(share) > 164
+            };
+            assert!(
+                !counts.iter().enumerate().any(|entry| bad(&entry)),
+                "{counts:?} without {avoided:?}"
+            );
+        }
+    }
+
+    #[test]
     fn what_is_avoided_is_never_chosen() {
         for mut choice in [
             Choice::Random(SmallRng::seed_from_u64(3)),
@@ -136,6 +164,7 @@ mod tests {
         ] {
             for now in 0..100 {
                 let mut position = |length, avoided| {
+                    let avoided = |at| Some(at) == avoided;
                     choice.position(length, avoided, ("key", now), |at| NAMES[at])
                 };
                 assert_ne!(position(5, Some(4)), Some(4));

@@ -172,8 +172,9 @@ impl Pool {
         now: i64,
         choice: &mut Choice,
     ) -> Result<(Decision, Vec<Effect>), Refusal> {
-        let last = self.key(id).and_then(|key| key.holds.or(key.previous));
-        self.touch(id, last);
+        if let Some(key) = self.key(id).filter(|key| key.holds.is_some()) {
+            self.touch(id, [key.holds, key.previous]);
+        }
         self.advance(now);
         let mut supposed = Vec::new();
         self.supposing = true;
@@ -194,8 +195,8 @@ impl Pool {
                     .is_some_and(|own| own.class == Class::Unknown)
             })
         });
-        self.touch(id, chosen);
         self.recent = [chosen, avoided];
+        self.touch(id, self.recent);
         let outcome = match chosen {
             Some(account) => Ok(self.grant(id, account, avoided, state, now, &supposed)),
             None => Err(self.refusal(now)),
@@ -239,23 +240,33 @@ impl Pool {
         (decision, effects)
     }
 
-    /// Reads at once what a change of the key's lease on the account looks at piece by
-    /// piece: then memory is waited for once. With many accounts or keys little of it is
-    /// in the processor's cache.
-    fn touch(&self, key: KeyId, account: Option<AccountId>) {
-        let Some(id) = account else { return };
-        let Some(account) = self.account(id) else {
-            return;
+    /// Reads at once what a change of the key's lease looks at piece by piece, on the
+    /// account that it is given up or made on, and of the one that it leaves behind: then
+    /// memory is waited for once. With many accounts or keys little of it is in the
+    /// processor's cache.
+    fn touch(&self, key: KeyId, accounts: [Option<AccountId>; 2]) {
+        // Whoever stands last in a bucket takes the place of an account that leaves it.
+        let stands_last = |bucket: Option<&[AccountId]>| {
+            let last = bucket.and_then(<[_]>::last);
+            last.map(|last| self.places.get(last.slot()))
         };
+        let [first, _] = accounts.map(|id| {
+            let id = id?;
+            let account = self.account(id)?;
+            black_box((
+                account.is_cooled(),
+                account.refs,
+                self.places.get(id.slot()),
+            ));
+            Some(account)
+        });
         black_box((
-            account.is_cooled(),
-            self.places.get(id.slot()),
             self.seats.get(key.slot()),
+            stands_last(self.tier(Tier::Medium).least_used()),
         ));
-        // Whoever stands last in its bucket takes its place there.
+        let Some(account) = first else { return };
         let bucket = self.tier(account.tier).buckets.get(account.holders.len());
-        let last = bucket.and_then(|bucket| bucket.last());
-        black_box(last.map(|last| self.places.get(last.slot())));
+        black_box(stands_last(bucket.map(Vec::as_slice)));
     }
 
     fn refusal(&self, now: i64) -> Refusal {
@@ -282,15 +293,15 @@ impl Pool {
         choice: &mut Choice,
     ) -> Option<AccountId> {
         let ties = self.tier(Tier::Medium).least_used()?;
-        let place = avoided
-            .map(|id| self.places.get(id.slot()) as usize)
-            .filter(|&place| ties.len() > 1 && ties.get(place).copied() == avoided);
+        let avoided = avoided.filter(|_| ties.len() > 1);
+        let is_avoided =
+            |position: usize| avoided.is_some() && ties.get(position).copied() == avoided;
         let key = self.key(key).map_or("", |key| &*key.name);
         let name = |position: usize| {
             let id = ties.get(position).copied();
             id.and_then(|id| self.account_name(id)).unwrap_or_default()
         };
-        let position = choice.position(ties.len(), place, (key, now), name)?;
+        let position = choice.position(ties.len(), is_avoided, (key, now), name)?;
         ties.get(position).copied()
     }
 
@@ -379,9 +390,10 @@ impl Pool {
             .filter(|key| key.standing != Standing::Unregistered);
         let key = key.ok_or(Refusal::NoKey)?;
         let mut freed = Freed::default();
-        self.touch(id, key.holds);
+        let accounts = [key.holds, key.previous];
+        self.touch(id, accounts);
         self.let_go(key.name.boxed(), key.holds, &mut freed);
-        self.recent = [key.holds, key.previous];
+        self.recent = accounts;
         if let Some(now) = now {
             self.sweep(now, &mut freed.effects);
             let own =
