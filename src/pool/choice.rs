@@ -33,7 +33,7 @@ impl Choice {
                 if !avoided(position) {
                     return Some(position);
                 }
-                // Each of the others is as likely as it was before.
+                // Any of the others, each as likely.
                 let other = (length > 1).then(|| rng.random_range(0..length - 1))?;
                 Some(other + usize::from(other >= position))
             }

@@ -245,11 +245,6 @@ impl Pool {
     /// memory is waited for once. With many accounts or keys little of it is in the
     /// processor's cache.
     fn touch(&self, key: KeyId, accounts: [Option<AccountId>; 2]) {
-        // Whoever stands last in a bucket takes the place of an account that leaves it.
-        let stands_last = |bucket: Option<&[AccountId]>| {
-            let last = bucket.and_then(<[_]>::last);
-            last.map(|last| self.places.get(last.slot()))
-        };
         let [first, _] = accounts.map(|id| {
             let id = id?;
             let account = self.account(id)?;
@@ -260,13 +255,16 @@ impl Pool {
             ));
             Some(account)
         });
-        black_box((
-            self.seats.get(key.slot()),
-            stands_last(self.tier(Tier::Medium).least_used()),
-        ));
-        let Some(account) = first else { return };
-        let bucket = self.tier(account.tier).buckets.get(account.holders.len());
-        black_box(stands_last(bucket.map(Vec::as_slice)));
+        black_box(self.seats.get(key.slot()));
+        if let Some(account) = first {
+            let bucket = self.tier(account.tier).buckets.get(account.holders.len());
+            self.touch_last(bucket.map_or(&[], Vec::as_slice));
+        }
+    }
+
+    /// Whoever stands last in a bucket takes the place of an account that leaves it.
+    fn touch_last(&self, bucket: &[AccountId]) {
+        black_box(bucket.last().map(|last| self.places.get(last.slot())));
     }
 
     fn refusal(&self, now: i64) -> Refusal {
@@ -294,6 +292,7 @@ impl Pool {
     ) -> Option<AccountId> {
         let ties = self.tier(Tier::Medium).least_used()?;
         let avoided = avoided.filter(|_| ties.len() > 1);
+        // Where nobody is avoided, no place is looked at.
         let is_avoided =
             |position: usize| avoided.is_some() && ties.get(position).copied() == avoided;
         let key = self.key(key).map_or("", |key| &*key.name);
@@ -301,6 +300,7 @@ impl Pool {
             let id = ties.get(position).copied();
             id.and_then(|id| self.account_name(id)).unwrap_or_default()
         };
+        self.touch_last(ties);
         let position = choice.position(ties.len(), is_avoided, (key, now), name)?;
         ties.get(position).copied()
     }

@@ -4,7 +4,7 @@
 //! a request would otherwise leave the processor's cache before its answer comes.
 //!
 //! Nobody waits for an answer of anybody's, so any number of requests may be on their
-//! way to a slow upstream; and beside downloads at full speed nobody waits at all.
+//! way to a slow upstream; and beside downloads at full speed whoever comes enters.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,8 +14,8 @@ use std::task::{Context, Poll, Waker};
 /// if that is more.
 const MOST: usize = if cfg!(fuzzing) { 1 } else { 64 };
 const PART: usize = 4;
-/// An answer of which so many bytes are taken at once is a download at full speed. It has
-/// its turn in every round, and so has a request then, lest it get less of the thread.
+/// An answer of which so many bytes are taken at once counts as a download at full speed. It
+/// has its turn in every round, and so has a request then, lest it get less of the thread.
 const LARGE: usize = 16 << 10;
 
 #[derive(Debug, Default)]
@@ -203,9 +203,21 @@ mod tests {
                 let entered = tickets.iter_mut().map(|ticket| enters(&gate, ticket));
                 (entered.filter(|entered| *entered).count() == count, tickets)
             };
+            let rounds_end = async || {
+                for _ in 0..3 {
+                    yield_now().await;
+                }
+                assert!(!gate.inner().is_turning, "nobody waits");
+            };
+            // It came alone, and then others did.
+            gate.passed_on(LARGE);
+            assert!(all_enter(9 * MOST).0);
+            rounds_end().await;
+
+            // Others wait when it comes.
             gate.passed_on(LARGE - 1);
             let (all, mut waiting) = all_enter(9 * MOST);
-            assert!(!all);
+            assert!(!all, "the download is over, and another one small");
             gate.passed_on(LARGE);
             yield_now().await;
             yield_now().await;
@@ -216,10 +228,7 @@ mod tests {
                 assert!(all_enter(9 * MOST).0, "whoever comes later");
                 yield_now().await;
             }
-            for _ in 0..3 {
-                yield_now().await;
-            }
-            assert!(!gate.inner().is_turning, "nobody waits");
+            rounds_end().await;
             assert!(!all_enter(9 * MOST).0, "the download is over");
         });
     }
