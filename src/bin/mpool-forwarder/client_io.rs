@@ -681,4 +681,39 @@ mod tests {
             assert!(!names_length(head.as_bytes()), "{head}");
         }
     }
+
+    /// Whether hundreds may enter at once.
+    fn is_free(gate: &Arc<Gate>) -> bool {
+        let cx = &mut Context::from_waker(std::task::Waker::noop());
+        (0..999).all(|_| gate.poll_enter(&mut Ticket::default(), cx).is_ready())
+    }
+
+    #[test]
+    fn the_gate_is_told_of_downloads() {
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        runtime.enable_all().build().unwrap().block_on(async {
+            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let client = TcpStream::connect(listener.local_addr().unwrap()).await;
+            let (server, _) = listener.accept().await.unwrap();
+            let wait = Duration::from_secs(9);
+            let bounds = Arc::new(Bounds {
+                header: wait,
+                keepalive: wait,
+                send: wait,
+                metrics: Arc::new(Metrics::new()),
+                gate: Arc::default(),
+            });
+            let mut io = ClientIo::new(server, false, Arc::default(), Arc::clone(&bounds));
+            for (length, free) in [(1000, false), (64 << 10, true)] {
+                let bytes = vec![b'x'; length];
+                let taken = std::future::poll_fn(|cx| Pin::new(&mut io).poll_write(cx, &bytes));
+                assert!(taken.await.unwrap() >= length.min(16 << 10));
+                assert_eq!(is_free(&bounds.gate), free, "{length}");
+                for _ in 0..99 {
+                    tokio::task::yield_now().await;
+                }
+            }
+            drop(client);
+        });
+    }
 }
