@@ -39,7 +39,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -51,6 +51,10 @@ const REPORT: &str = r#"
 done = function(summary, latency)
   local errors = summary.errors
   local bad = errors.connect + errors.read + errors.write + errors.timeout + errors.status
+  if bad > 0 then
+    io.stderr:write(string.format("wrk: failures: connect %d, read %d, write %d, timeout %d, status %d\n",
+      errors.connect, errors.read, errors.write, errors.timeout, errors.status))
+  end
   io.write(string.format("mpool-bench %d %d %d %d %d\n",
     summary.requests, summary.duration, bad, latency:percentile(50), latency:percentile(99)))
 end
@@ -433,6 +437,7 @@ impl Bench {
             .arg(&script)
             .args(["-H", &format!("Authorization: Bearer {}", self.key)])
             .arg(format!("http://127.0.0.1:{port}/v1/chat/completions"))
+            .stderr(Stdio::inherit())
             .output()
             .expect("wrk is not installed");
         let text = String::from_utf8_lossy(&output.stdout);
