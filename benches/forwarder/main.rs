@@ -379,7 +379,7 @@ impl Bench {
             Kind::Short => None,
             Kind::Stream => Some(Streamer::start(port, &self.key)),
         };
-        let [requests, micros, mut bad, p50, p99] = match (&streamer, connections) {
+        let [requests, micros, failed, p50, p99] = match (&streamer, connections) {
             // The client that takes the time is the only one.
             (Some(_), 1) => {
                 std::thread::sleep(Duration::from_secs(seconds.into()));
@@ -389,7 +389,7 @@ impl Bench {
             (None, all) => self.wrk(kind, port, all, seconds),
         };
         let streams = streamer.map(Streamer::stop).unwrap_or_default();
-        bad += f64::from(streams.broken);
+        let bad = failed + f64::from(streams.broken);
         let cpu = pids.iter().map(|&pid| cpu_time(pid)).sum::<f64>() - cpu;
         let redis = cpu_time(self.redis) - redis;
         self.drain(place);
@@ -452,10 +452,8 @@ impl Bench {
             })
             .unwrap_or_default();
         <[f64; 5]>::try_from(numbers).unwrap_or_else(|_| {
-            panic!(
-                "wrk failed: {text}{}",
-                String::from_utf8_lossy(&output.stderr)
-            )
+            // It has said why itself.
+            panic!("wrk failed: {text}")
         })
     }
 

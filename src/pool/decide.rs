@@ -292,9 +292,8 @@ impl Pool {
     ) -> Option<AccountId> {
         let ties = self.tier(Tier::Medium).least_used()?;
         let avoided = avoided.filter(|_| ties.len() > 1);
-        // Where nobody is avoided, no place is looked at.
         let is_avoided =
-            |position: usize| avoided.is_some() && ties.get(position).copied() == avoided;
+            |position: usize| avoided.is_some_and(|avoided| ties.get(position) == Some(&avoided));
         let key = self.key(key).map_or("", |key| &*key.name);
         let name = |position: usize| {
             let id = ties.get(position).copied();

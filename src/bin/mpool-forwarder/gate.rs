@@ -141,8 +141,19 @@ mod tests {
         runtime.unwrap().block_on(work);
     }
 
+    fn tickets(count: usize) -> Vec<Ticket> {
+        (0..count).map(|_| Ticket::default()).collect()
+    }
+
+    async fn rounds_end(gate: &Arc<Gate>) {
+        for _ in 0..3 {
+            yield_now().await;
+        }
+        assert!(!gate.inner().is_turning, "nobody waits");
+    }
+
     async fn all_enter_in_turn(gate: &Arc<Gate>, count: usize) {
-        let mut waiting: Vec<Ticket> = (0..count).map(|_| Ticket::default()).collect();
+        let mut waiting = tickets(count);
         let mut rounds = 0;
         while !waiting.is_empty() {
             let entered: Vec<bool> = waiting
@@ -168,11 +179,8 @@ mod tests {
             let gate = Arc::new(Gate::default());
             for count in [1, MOST, 5 * MOST + 1, 3] {
                 all_enter_in_turn(&gate, count).await;
-                for _ in 0..3 {
-                    yield_now().await;
-                }
+                rounds_end(&gate).await;
                 assert!(gate.inner().waiting.is_empty());
-                assert!(!gate.inner().is_turning, "nobody waits");
             }
         });
     }
@@ -181,7 +189,7 @@ mod tests {
     fn who_leaves_the_queue_holds_nobody_up() {
         on_a_thread(async {
             let gate = Arc::new(Gate::default());
-            let mut gone: Vec<Ticket> = (0..3 * MOST).map(|_| Ticket::default()).collect();
+            let mut gone = tickets(3 * MOST);
             let entered = gone.iter_mut().map(|ticket| enters(&gate, ticket));
             assert_eq!(entered.filter(|entered| *entered).count(), MOST);
             let mut last = Ticket::default();
@@ -199,20 +207,14 @@ mod tests {
         on_a_thread(async {
             let gate = Arc::new(Gate::default());
             let all_enter = |count: usize| {
-                let mut tickets: Vec<Ticket> = (0..count).map(|_| Ticket::default()).collect();
+                let mut tickets = tickets(count);
                 let entered = tickets.iter_mut().map(|ticket| enters(&gate, ticket));
                 (entered.filter(|entered| *entered).count() == count, tickets)
-            };
-            let rounds_end = async || {
-                for _ in 0..3 {
-                    yield_now().await;
-                }
-                assert!(!gate.inner().is_turning, "nobody waits");
             };
             // It came alone, and then others did.
             gate.passed_on(LARGE);
             assert!(all_enter(9 * MOST).0);
-            rounds_end().await;
+            rounds_end(&gate).await;
 
             // Others wait when it comes.
             gate.passed_on(LARGE - 1);
@@ -228,7 +230,7 @@ mod tests {
                 assert!(all_enter(9 * MOST).0, "whoever comes later");
                 yield_now().await;
             }
-            rounds_end().await;
+            rounds_end(&gate).await;
             assert!(!all_enter(9 * MOST).0, "the download is over");
         });
     }
@@ -237,7 +239,7 @@ mod tests {
     fn an_open_gate_holds_nobody() {
         on_a_thread(async {
             let gate = Arc::new(Gate::default());
-            let mut tickets: Vec<Ticket> = (0..9 * MOST).map(|_| Ticket::default()).collect();
+            let mut tickets = tickets(9 * MOST);
             let mut enter = |gate| tickets.iter_mut().all(|ticket| enters(gate, ticket));
             assert!(!enter(&gate));
             gate.open();
