@@ -68,7 +68,7 @@ pub(crate) fn turn(ctx: &Context) {
 }
 
 fn carry_out(ctx: &Context, asked: bool) -> Turn {
-    let more_news = node::take_in().unwrap_or(false);
+    let more_news = node::take_in(ctx).unwrap_or(false);
     // A holder whose account is gone must find another at its very next
     // acquire, and everyone else its slots: so with the change itself.
     let settled = put_right(ctx);
@@ -125,14 +125,17 @@ impl Sink for Background {
     }
 }
 
-/// Brings one change of a file into the node.
-pub(crate) fn enter(node: &mut Node, change: Change) {
+/// Brings one change of a file into the node. Answers whether an account has
+/// another credential now than the one that may be remembered elsewhere.
+pub(crate) fn enter(node: &mut Node, change: Change) -> bool {
+    let mut is_renewal = false;
     match change {
         Change::Valid {
             tier,
             name,
             credential,
         } => {
+            is_renewal = node.pool.has_file(tier, &name);
             node.set_file(tier, &name, File::Valid(Box::new(credential)));
         }
         Change::Invalid { tier, name, reason } => {
@@ -155,6 +158,7 @@ pub(crate) fn enter(node: &mut Node, change: Change) {
             }
         }
     }
+    is_renewal
 }
 
 /// Files that can't be used of which one look at all of them logs: a folder of

@@ -296,7 +296,7 @@ pub(crate) fn forget_arrivals() {
 /// news of account files, and makes it anew if it has to be. Fails for as long
 /// as that takes.
 pub(crate) fn refresh(ctx: &Context) -> Result<(), Failure> {
-    take_in()?;
+    take_in(ctx)?;
     if is_ready() { Ok(()) } else { make_ready(ctx) }
 }
 
@@ -313,16 +313,16 @@ fn make_ready(ctx: &Context) -> Result<(), Failure> {
 }
 
 /// Brings in a portion of the news; answers whether there is more.
-pub(crate) fn take_in() -> Result<bool, Failure> {
+pub(crate) fn take_in(ctx: &Context) -> Result<bool, Failure> {
     if HAS_ARRIVALS.load(Ordering::Acquire) {
-        take_in_news()
+        take_in_news(ctx)
     } else {
         Ok(false)
     }
 }
 
 #[cold]
-fn take_in_news() -> Result<bool, Failure> {
+fn take_in_news(ctx: &Context) -> Result<bool, Failure> {
     let (news, more) = {
         let mut arrivals = ARRIVALS.lock().unwrap_or_else(PoisonError::into_inner);
         let count = arrivals.len().min(SETTLE_LIMIT);
@@ -334,14 +334,19 @@ fn take_in_news() -> Result<bool, Failure> {
     if news.iter().any(|news| matches!(news, Arrival::Looked(_))) {
         await_files(false);
     }
-    with(|node| {
+    let renewed = with(|node| {
+        let mut renewed = false;
         for arrival in news {
             match arrival {
-                Arrival::Change(change) => background::enter(node, change),
+                Arrival::Change(change) => renewed |= background::enter(node, change),
                 Arrival::Looked(readable) => background::trust(node, readable),
             }
         }
+        renewed
     })?;
+    if renewed {
+        store::signal_all(ctx);
+    }
     Ok(more)
 }
 

@@ -143,8 +143,9 @@ pub(crate) fn scan(
     more
 }
 
-/// Has Redis tell those who track the pool's keys (CLIENT TRACKING) that all of them
-/// may have changed, as SWAPDB tells nobody: by a name that bears no client key.
+/// Has Redis tell those who track the pool's keys (CLIENT TRACKING) that all of them, or
+/// what belongs to them, may have changed, as SWAPDB and a new token tell nobody: by a
+/// name that bears no client key.
 pub(crate) fn signal_all(ctx: &Context) {
     ffi::signal_change(ctx, CLIENT_KEYS.as_bytes());
 }

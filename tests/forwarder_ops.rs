@@ -2296,7 +2296,7 @@ fn a_lease_that_is_known_to_stay_is_not_asked_for() {
 fn a_known_lease_ends_with_what_it_rests_on() {
     type Change = fn(&Stage<Upstream>, &mut support::Client, &str);
     // What is changed, and the code that follows; none: another account.
-    let changes: [(&str, Change, Option<&str>); 10] = [
+    let changes: [(&str, Change, Option<&str>); 11] = [
         (
             "revoked",
             |_, redis, key| redis.ok(&["MPOOL.REVOKE", key]),
@@ -2364,6 +2364,18 @@ fn a_known_lease_ends_with_what_it_rests_on() {
             None,
         ),
         (
+            "its account has a new token",
+            |stage, redis, key| {
+                let account = redis.holds(key).unwrap();
+                let fresh = r#"{"access_token": "a-new-token"}"#;
+                stage
+                    .server
+                    .write_account(&format!("medium/{account}"), fresh);
+                redis.ok(&["MPOOL.RELOAD"]);
+            },
+            None,
+        ),
+        (
             "the connection breaks meanwhile",
             |_, redis, key| {
                 redis.run::<i64>(&["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"]);
@@ -2414,23 +2426,63 @@ fn a_revoked_key_is_never_served() {
 
 #[test]
 fn a_known_lease_is_asked_for_again_in_time() {
-    // A new token is no change of a key.
     let stage = Stage::with(telling(), &["--threads", "1", "--lease-cache", "300ms"]);
     let mut client = stage.client();
-    let before = make_known(&stage, &mut client, &stage.key);
-    let account = stage.server.connect().holds(&stage.key).unwrap();
-    let fresh = r#"{"access_token": "a-new-token"}"#;
-    stage
-        .server
-        .write_account(&format!("medium/{account}"), fresh);
-    stage.server.connect().ok(&["MPOOL.RELOAD"]);
-    let began = Instant::now();
-    let after = wait_for("the new token", || {
+    make_known(&stage, &mut client, &stage.key);
+    for _ in 0..3 {
+        std::thread::sleep(Duration::from_millis(300));
+        let before = asked(&stage.server);
+        check_ok(&client.get("/", &stage.key));
+        assert_eq!(asked(&stage.server), before + 1);
+    }
+}
+
+#[test]
+fn a_known_lease_ends_with_its_key() {
+    let stage = Stage::with(telling(), &["--threads", "1", "--lease-cache", "1h"]);
+    let mut redis = stage.server.connect();
+    let mut client = stage.client();
+    let name = format!("client_keys:{}", stage.key);
+    let _: i64 = redis.run(&["HSET", &name, "expires_at", ""]);
+    make_known(&stage, &mut client, &stage.key);
+    let end = unix_ms() + 1500;
+    let _: i64 = redis.run(&["HSET", &name, "expires_at", &end.to_string()]);
+    make_known(&stage, &mut client, &stage.key);
+    wait_for("the key's end", || {
+        let begun = unix_ms();
         let answer = client.get("/", &stage.key);
-        (answer.body != before.body).then_some(answer)
+        assert!(
+            begun < end || answer.code() == Some("EXPIRED"),
+            "{answer:?}"
+        );
+        (begun >= end).then_some(())
     });
-    assert_eq!(after.body, b"a-new-token");
-    assert!(began.elapsed() < Duration::from_secs(2));
+}
+
+#[test]
+fn a_known_lease_is_of_no_use_once_redis_is_out_of_reach() {
+    for (grace, code) in [("0s", Some("REDIS")), ("60s", None)] {
+        let arguments = ["--threads", "1", "--lease-cache", "1h", "--grace", grace];
+        let stage = Stage::with(telling(), &arguments);
+        let mut client = stage.client();
+        make_known(&stage, &mut client, &stage.key);
+        // It says nothing any more, and nothing breaks.
+        signal(stage.server.pid(), "STOP");
+        wait_for("the silence to be noticed", || {
+            let answer = client.get("/", &stage.key);
+            assert!(
+                answer.status() == 200 || answer.code() == code,
+                "{answer:?}"
+            );
+            let up = stage.forwarder.metric("mpool_redis_connections_up");
+            (up < Some(2.0) && answer.code() == code).then_some(())
+        });
+        signal(stage.server.pid(), "CONT");
+        wait_for("Redis", || {
+            (client.get("/", &stage.key).status() == 200).then_some(())
+        });
+        make_known(&stage, &mut client, &stage.key);
+    }
 }
 
 #[test]
@@ -2456,13 +2508,16 @@ fn every_request_asks_where_changes_are_not_told_of() {
     let server = Options::default().accounts(&["a", "b", "c"]).start();
     let mut redis = server.connect();
     let most = ["+hello", "+client|tracking", "+client|setname"];
-    let all = [&most[..], &["+exists"]].concat();
-    for (user, names, rights) in [
-        ("no-hello", "~client_keys:*", &[][..]),
-        ("no-tracking", "~client_keys:*", &["+hello"]),
-        ("no-reading", "~client_keys:*", &most),
+    let no_ends = [&most[..], &["+exists"]].concat();
+    let all = [&no_ends[..], &["+hget"]].concat();
+    // What each is refused for the connection, and not for each request.
+    for (user, names, rights, refusals) in [
+        ("no-hello", "~client_keys:*", &[][..], 0),
+        ("no-tracking", "~client_keys:*", &["+hello"], 0),
+        ("no-reading", "~client_keys:*", &most, 2),
+        ("no-ends", "%R~client_keys:*", &no_ends, 1),
         // All keys' records, but not the name that stands for them all.
-        ("no-name-for-all", "%R~client_keys:?*", &all),
+        ("no-name-for-all", "%R~client_keys:?*", &all, 1),
     ] {
         let words = ["ACL", "SETUSER", user, "on", ">secret-of-redis", names];
         let leases = ["%R~key_rotation:*", "&*", "+mpool.acquire"];
@@ -2480,16 +2535,15 @@ fn every_request_asks_where_changes_are_not_told_of() {
             check_ok(&client.get("/", &key));
         }
         assert_eq!(asked(&server) - before, 5, "{user}");
-        // One for the connection, not one for each request.
         let refused = redis.run::<Vec<BTreeMap<String, Value>>>(&["ACL", "LOG"]);
         let refused = refused
             .iter()
             .filter(|entry| text(&entry["username"]) == user)
-            .filter(|entry| ["exists", "client_keys:"].contains(&&*text(&entry["object"])));
+            .filter(|entry| ["hget", "exists", "client_keys:"].contains(&&*text(&entry["object"])));
         let refused: i64 = refused
             .filter_map(|entry| optional_number(&entry["count"]))
             .sum();
-        assert_eq!(refused, i64::from(rights.len() >= most.len()), "{user}");
+        assert_eq!(refused, refusals, "{user}");
     }
     // Nor where that is not wanted.
     let stage = Stage::on(server, telling(), &["--lease-cache", "0s"]);

@@ -1,8 +1,9 @@
 //! Leases that are known to be unchanged: Redis was asked to tell this very
 //! connection of any change to the two keys that such a lease rests on
 //! (client-side caching, <https://redis.io/docs/latest/develop/reference/client-side-caching/>),
-//! and has told of none. A lease is used so for a bounded time all the same, as
-//! not every change is one of keys: a file has a new token, or time goes by.
+//! and has told of none. The module has Redis tell of what is no change of keys: another
+//! database, a new token in a file. A lease is used so for a bounded time all the same,
+//! as time goes by untold: an account's token ends.
 
 use crate::lender::{Grant, State};
 use hashbrown::HashMap;
@@ -48,6 +49,8 @@ enum Entry {
         grant: Grant,
         /// When it was asked for.
         since: Instant,
+        /// When it ends by the clock, or its key does, in unix ms.
+        end: i64,
     },
 }
 
@@ -76,6 +79,11 @@ impl Known {
 
     pub fn is_wanted(&self) -> bool {
         !self.span.is_zero()
+    }
+
+    /// Whether Redis tells of changes.
+    pub fn is_told(&self) -> bool {
+        self.is_wanted() && self.inner().line.is_some()
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -110,10 +118,9 @@ impl Known {
             None => false,
             Some(Entry::Met(at)) => now.saturating_duration_since(*at) < span,
             Some(Entry::Asked(_)) => true,
-            Some(Entry::Lease { grant, since }) => {
+            Some(Entry::Lease { grant, since, end }) => {
                 let age = now.saturating_duration_since(*since);
-                let runs = grant.lease.next_rotation.is_some_and(|next| clock < next);
-                if age < span && runs && inner.is_silent() {
+                if age < span && clock < *end && inner.is_silent() {
                     return Look::Lease(grant.clone());
                 }
                 age < span * 2
@@ -132,13 +139,14 @@ impl Known {
         Look::Track(Ticket(ticket, now))
     }
 
-    /// What Redis answered to that question. It counts if no change has been
-    /// told of since it was asked.
-    pub fn learn(&self, key: &str, Ticket(ticket, since): Ticket, grant: &Grant) {
+    /// What Redis answered to that question, about a key that ends at `key_end` (unix
+    /// ms). It counts if no change has been told of since it was asked.
+    pub fn learn(&self, key: &str, Ticket(ticket, since): Ticket, grant: &Grant, key_end: i64) {
         // The others' changes are not all changes of the key's own.
-        if grant.state != State::Current {
+        let next = grant.lease.next_rotation;
+        let Some(next) = next.filter(|_| grant.state == State::Current) else {
             return;
-        }
+        };
         let mut inner = self.inner();
         if let Some(entry) = inner.keys.get_mut(key)
             && matches!(entry, Entry::Asked(own) if *own == ticket)
@@ -146,6 +154,7 @@ impl Known {
             *entry = Entry::Lease {
                 grant: grant.clone(),
                 since,
+                end: next.min(key_end),
             };
         }
     }
@@ -272,7 +281,7 @@ mod tests {
 
     fn learn(known: &Known, key: &str, now: Instant) {
         let ticket = meet(known, key, now);
-        known.learn(key, ticket, &grant(State::Current));
+        known.learn(key, ticket, &grant(State::Current), i64::MAX);
         assert!(matches!(known.look(key, now, 5), Look::Lease(_)));
     }
 
@@ -292,6 +301,13 @@ mod tests {
         assert!(
             matches!(known.look("k", now + SPAN, 1000), Look::Track(_)),
             "it has rotated"
+        );
+        let ticket = meet(&known, "e", now);
+        known.learn("e", ticket, &grant(State::Current), 6);
+        assert!(is_known(&known, "e", now));
+        assert!(
+            matches!(known.look("e", now, 6), Look::Track(_)),
+            "its key has ended"
         );
         for name in ["client_keys:other", "medium_pool:slots:k", "k"] {
             learn(&known, "x", now);
@@ -328,7 +344,7 @@ mod tests {
 
     fn learn_again(known: &Known, key: &str, now: Instant) {
         let ticket = track(known, key, now);
-        known.learn(key, ticket, &grant(State::Current));
+        known.learn(key, ticket, &grant(State::Current), i64::MAX);
         assert!(is_known(known, key, now));
     }
 
@@ -342,15 +358,15 @@ mod tests {
         };
         let first = ticket();
         known.told(b">2\r\n$10\r\ninvalidate\r\n*1\r\n$13\r\nclient_keys:k\r\n");
-        known.learn("k", first, &grant(State::Current));
+        known.learn("k", first, &grant(State::Current), i64::MAX);
         assert!(!is_known(&known, "k", now));
         let older = ticket();
         let _newer = ticket();
-        known.learn("k", older, &grant(State::Current));
+        known.learn("k", older, &grant(State::Current), i64::MAX);
         assert!(!is_known(&known, "k", now));
         for state in [State::Assigned, State::Bound, State::Grace] {
             let ticket = ticket();
-            known.learn("k", ticket, &grant(state));
+            known.learn("k", ticket, &grant(state), i64::MAX);
             assert!(!is_known(&known, "k", now), "{state:?}");
         }
     }
@@ -363,7 +379,7 @@ mod tests {
         known.end();
         known.begin(Some(far));
         let _own = meet(&known, "k", now);
-        known.learn("k", former, &grant(State::Current));
+        known.learn("k", former, &grant(State::Current), i64::MAX);
         assert!(!is_known(&known, "k", now));
     }
 

@@ -187,6 +187,17 @@ pub fn clock() -> i64 {
     i64::try_from(elapsed.as_millis()).unwrap_or(i64::MAX)
 }
 
+/// When a key ends, in unix ms, by the reply that says so: without an end at the last
+/// instant there is. None: it says something else.
+fn key_end(reply: &[u8]) -> Option<i64> {
+    match redis::parse_redis_value(reply).ok()? {
+        Value::Nil => Some(i64::MAX),
+        Value::BulkString(text) if text.is_empty() => Some(i64::MAX),
+        Value::BulkString(text) => std::str::from_utf8(&text).ok()?.parse().ok(),
+        _ => None,
+    }
+}
+
 impl Lender {
     /// The account for a key at `now`, if it need not be asked for: [`Look::Lease`].
     pub fn look(&self, key: &str, now: Instant) -> Look {
@@ -217,15 +228,24 @@ impl Lender {
         // Redis remembers who has read which keys.
         let names = [REGISTRATION, LEASE].map(|kind| format!("{kind}{key}"));
         let [registration, lease] = names.each_ref().map(|name| name.as_bytes());
-        let all = REGISTRATION.as_bytes();
-        let words: [&[u8]; 4] = [b"EXISTS", registration, lease, all];
-        let reading = self.link.send(&words, None);
+        let reading = [
+            self.link
+                .send(&[b"HGET", registration, b"expires_at"], None),
+            self.link
+                .send(&[b"EXISTS", lease, REGISTRATION.as_bytes()], None),
+        ];
         let grant = self.ask(key).await?;
-        match reading.await {
-            Ok(read) if read.starts_with(b":") => self.link.known.learn(key, ticket, &grant),
-            // Whoever may not read them is told of no changes: not to be tried each time.
-            Ok(refused) if refused.starts_with(b"-NOPERM") => self.link.known.end(),
-            _ => {}
+        let [end, exists] = reading;
+        if let (Ok(end), Ok(exists)) = (end.await, exists.await) {
+            let may_not = |reply: &Bytes| reply.starts_with(b"-NOPERM");
+            match key_end(&end) {
+                Some(end) if exists.starts_with(b":") => {
+                    self.link.known.learn(key, ticket, &grant, end);
+                }
+                // Whoever may not read them is told of no changes: not to be tried each time.
+                _ if may_not(&end) || may_not(&exists) => self.link.known.end(),
+                _ => {}
+            }
         }
         Ok(grant)
     }
@@ -529,6 +549,23 @@ fn number(fields: &Value, wanted: &[u8]) -> Option<i64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_key_ends_when_its_record_says_so() {
+        for (reply, expected) in [
+            ("$13\r\n1755266400000\r\n", Some(1_755_266_400_000)),
+            ("$0\r\n\r\n", Some(i64::MAX)),
+            ("$-1\r\n", Some(i64::MAX)),
+            ("_\r\n", Some(i64::MAX)),
+            ("$4\r\nsoon\r\n", None),
+            (":5\r\n", None),
+            ("-WRONGTYPE no hash\r\n", None),
+            ("-NOPERM\r\n", None),
+            ("", None),
+        ] {
+            assert_eq!(key_end(reply.as_bytes()), expected, "{reply:?}");
+        }
+    }
 
     #[test]
     fn errors_become_answers_and_times_become_waits() {

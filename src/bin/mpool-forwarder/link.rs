@@ -4,7 +4,7 @@
 //! until then every question is answered at once that Redis can't be asked.
 
 use crate::config::RedisTarget;
-use crate::known::Known;
+use crate::known::{Known, REGISTRATION};
 use crate::patience::Patience;
 use crate::resp;
 use bytes::{Buf, Bytes, BytesMut};
@@ -24,6 +24,9 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 const BLINK: Duration = Duration::from_millis(250);
 /// The pauses between tries to connect, shortest and longest.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(250));
+/// How long a connection on which Redis tells of changes may be silent before it is
+/// tried: one that is cut off tells of none either.
+const SILENCE: Duration = Duration::from_secs(1);
 /// What the connection is called in CLIENT LIST.
 const NAME: &[u8] = b"mpool-forwarder";
 
@@ -51,9 +54,24 @@ struct Question {
     /// A whole reply: to see that it has come again costs less than to find the end of
     /// one.
     expected: Option<Bytes>,
-    answer: oneshot::Sender<Answer>,
+    /// Who waits for the answer, if anyone does.
+    answer: Option<oneshot::Sender<Answer>>,
     /// It went down with a connection once.
     again: bool,
+}
+
+impl Question {
+    fn is_wanted(&self) -> bool {
+        self.answer
+            .as_ref()
+            .is_none_or(|answer| !answer.is_closed())
+    }
+
+    fn answer(self, answer: Answer) {
+        if let Some(waiting) = self.answer {
+            let _ = waiting.send(answer);
+        }
+    }
 }
 
 /// A connection that mends itself.
@@ -136,7 +154,7 @@ impl Link {
         let question = Question {
             command: resp::command(words),
             expected,
-            answer,
+            answer: Some(answer),
             again: false,
         };
         let sent = self.questions.send(question);
@@ -238,7 +256,7 @@ impl<S: Fn(Event) + Send + Sync + 'static> Keeper<S> {
 
     fn refuse_all(&mut self) {
         for question in self.pending.drain(..) {
-            let _ = question.answer.send(Err(NOT_CONNECTED));
+            question.answer(Err(NOT_CONNECTED));
         }
     }
 
@@ -250,6 +268,8 @@ impl<S: Fn(Event) + Send + Sync + 'static> Keeper<S> {
             came: BytesMut::with_capacity(16 << 10),
             asked: VecDeque::new(),
             patience: Patience::new(),
+            heard: Instant::now(),
+            silence: Patience::new(),
             answered: false,
             known: Arc::clone(&self.known),
         };
@@ -270,7 +290,7 @@ impl<S: Fn(Event) + Send + Sync + 'static> Keeper<S> {
                 }
                 _ => Unreachable("the connection broke"),
             };
-            let _ = question.answer.send(Err(failure));
+            question.answer(Err(failure));
         }
         let over = match over {
             End::Closed => Over::Closed,
@@ -302,13 +322,16 @@ struct Talk {
     came: BytesMut,
     asked: VecDeque<(Question, Instant)>,
     patience: Patience,
+    /// When something came last.
+    heard: Instant,
+    silence: Patience,
     answered: bool,
     known: Arc<Known>,
 }
 
 impl Talk {
     fn put(&mut self, question: Question) {
-        if !question.answer.is_closed() {
+        if question.is_wanted() {
             self.out.extend_from_slice(&question.command);
             self.asked.push_back((question, Instant::now()));
         }
@@ -332,12 +355,39 @@ impl Talk {
         if let Err(end) = self.read(cx) {
             return Poll::Ready(end);
         }
+        if self.is_silent(cx) {
+            self.try_out();
+            if let Err(end) = self.write(cx) {
+                return Poll::Ready(end);
+            }
+        }
         if let Some((_, since)) = self.asked.front()
             && self.patience.poll(*since + patience, cx).is_ready()
         {
             return Poll::Ready(End::TooLate);
         }
         Poll::Pending
+    }
+
+    /// Whether nothing has come for so long that Redis may be out of reach, where that
+    /// would go unnoticed.
+    fn is_silent(&mut self, cx: &mut Context<'_>) -> bool {
+        self.asked.is_empty()
+            && self.known.is_told()
+            && self.silence.poll(self.heard + SILENCE, cx).is_ready()
+    }
+
+    /// Asks for something, whatever the answer: what may be asked where leases are
+    /// remembered.
+    fn try_out(&mut self) {
+        let words: [&[u8]; 2] = [b"EXISTS", REGISTRATION.as_bytes()];
+        let question = Question {
+            command: resp::command(&words),
+            expected: None,
+            answer: None,
+            again: true,
+        };
+        self.put(question);
     }
 
     fn write(&mut self, cx: &mut Context<'_>) -> Result<(), End> {
@@ -364,6 +414,7 @@ impl Talk {
                 Poll::Ready(read) => drop(read?),
                 Poll::Pending => return Ok(()),
             }
+            self.heard = Instant::now();
             while let Some(reply) = self.next_reply()? {
                 if reply.starts_with(b">") {
                     self.known.told(&reply);
@@ -372,7 +423,11 @@ impl Talk {
                 let demoted = reply.starts_with(b"-READONLY") || reply.starts_with(b"-MASTERDOWN");
                 // What nobody asked for can't be matched with a question.
                 let (question, _) = self.asked.pop_front().ok_or(End::Broke)?;
-                let _ = question.answer.send(Ok(reply));
+                // Whoever may not ask is told of no changes.
+                if question.answer.is_none() && reply.starts_with(b"-NOPERM") {
+                    self.known.end();
+                }
+                question.answer(Ok(reply));
                 self.answered |= !demoted;
                 if demoted {
                     return Err(End::NotPrimary);
