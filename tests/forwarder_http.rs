@@ -6,6 +6,7 @@ mod proxy;
 mod support;
 
 use proxy::{Client, Exchange, Head, Http2Upstream, Stage, Upstream, chunked, request};
+use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -690,8 +691,8 @@ fn an_answer_that_comes_before_the_body_is_read_reaches_the_client() {
     for ends in [false, true] {
         let mut client = stage.client();
         client.send(format!(
-            "POST / HTTP/1.1\r\nHost: front\r\nx-api-key: {}\r\nContent-Length: {BODY}\r\n\r\n",
-            stage.key
+            "POST / HTTP/1.1\r\nHost: front\r\nx-api-key: {}\r\nContent-Length: {}\r\n\r\n",
+            stage.key, *BODY
         ));
         let mut sender = Client::over(client.wire.stream.try_clone().unwrap());
         let sending = std::thread::spawn(move || {
@@ -1533,10 +1534,18 @@ fn send_until_blocked(stream: &mut std::net::TcpStream, most: u64) -> u64 {
     }
 }
 
-/// More than all socket buffers on the way together take.
-const BUFFERS: u64 = 32 * MIB;
+/// As much as all socket buffers on the way together take: two connections have one on
+/// either side.
+static BUFFERS: LazyLock<u64> = LazyLock::new(|| {
+    let largest = |name| {
+        let sizes = fs::read_to_string(format!("/proc/sys/net/ipv4/{name}")).ok();
+        let largest = sizes.and_then(|sizes| sizes.split_whitespace().last()?.parse().ok());
+        largest.unwrap_or(6 * MIB)
+    };
+    2 * (largest("tcp_rmem") + largest("tcp_wmem")) + MIB
+});
 /// A body that does not fit into them.
-const BODY: u64 = 40 * MIB;
+static BODY: LazyLock<u64> = LazyLock::new(|| *BUFFERS + 8 * MIB);
 
 #[test]
 fn a_client_that_does_not_read_stops_the_upstream() {
@@ -1546,21 +1555,21 @@ fn a_client_that_does_not_read_stops_the_upstream() {
     let mut exchange = stage.upstream.next();
     exchange.send(format!(
         "HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n",
-        BODY
+        *BODY
     ));
     let mut sent = 0;
     with_flat_memory(&stage, 20, || {
-        sent = send_until_blocked(&mut exchange.wire().stream, BUFFERS);
+        sent = send_until_blocked(&mut exchange.wire().stream, *BUFFERS);
     });
     println!("{sent} bytes went before it stopped");
     // Nothing is lost when it reads on.
     let rest = std::thread::spawn(move || {
-        Pattern::from(sent).each(BODY - sent, |piece| exchange.send(piece));
+        Pattern::from(sent).each(*BODY - sent, |piece| exchange.send(piece));
         exchange.keep();
     });
     client.head();
     let mut pattern = Pattern::new();
-    assert_eq!(client.drain(|data| pattern.check(data)), BODY);
+    assert_eq!(client.drain(|data| pattern.check(data)), *BODY);
     rest.join().unwrap();
 }
 
@@ -1570,13 +1579,13 @@ fn an_upstream_that_does_not_read_stops_the_client() {
     let mut client = stage.client();
     client.send(format!(
         "POST / HTTP/1.1\r\nHost: front\r\nx-api-key: {}\r\nContent-Length: {}\r\n\r\n",
-        stage.key, BODY
+        stage.key, *BODY
     ));
     let mut exchange = stage.upstream.next();
     let mut sent = 0;
     // What may be needed for sending it again is kept, up to 8 MiB.
     with_flat_memory(&stage, 30, || {
-        sent = send_until_blocked(&mut client.wire.stream, BUFFERS);
+        sent = send_until_blocked(&mut client.wire.stream, *BUFFERS);
     });
     println!("{sent} bytes went before it stopped");
     let reader = std::thread::spawn(move || {
@@ -1584,7 +1593,7 @@ fn an_upstream_that_does_not_read_stops_the_client() {
         let length = exchange.drain(|data| pattern.check(data));
         exchange.respond(200, &[], length.to_string().as_bytes());
     });
-    Pattern::from(sent).each(BODY - sent, |piece| client.send(piece));
+    Pattern::from(sent).each(*BODY - sent, |piece| client.send(piece));
     assert_eq!(client.answer().text(), BODY.to_string());
     reader.join().unwrap();
 }
@@ -1683,11 +1692,11 @@ fn an_http2_client_that_does_not_read_stops_its_stream_alone() {
     let mut exchange = stage.upstream.next();
     exchange.send(format!(
         "HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n",
-        BODY
+        *BODY
     ));
     let mut answer = pending.answer();
     with_flat_memory(&stage, 20, || {
-        send_until_blocked(&mut exchange.wire().stream, BUFFERS);
+        send_until_blocked(&mut exchange.wire().stream, *BUFFERS);
     });
     let (feed, pending) = client.open("GET", "/quick", &stage.key, &[]);
     feed.end();
@@ -1784,7 +1793,7 @@ const WAYS: [(&str, Way); 14] = [
         let (client, mut exchange) = begun(stage);
         let stream = &mut exchange.wire().stream;
         stream.write_all(b"10000000\r\n").unwrap();
-        send_until_blocked(stream, BUFFERS);
+        send_until_blocked(stream, *BUFFERS);
         since(client.leave(), exchange.wait_for_close(GONE_AT_LAST))
     }),
     (
@@ -1904,7 +1913,7 @@ fn a_client_that_goes_before_its_body_is_wanted_frees_everything() {
         // An upstream that reads nothing, and more of a body than it has taken.
         let (mut client, mut exchange) = uploading(&stage, "Content-Length: 1000000000", b"half");
         if in_full {
-            send_until_blocked(&mut client.wire.stream, BUFFERS);
+            send_until_blocked(&mut client.wire.stream, *BUFFERS);
         } else {
             client.send(vec![b'x'; 100_000]);
         }

@@ -271,11 +271,11 @@ fn start(
     });
     for (name, binary) in std::iter::once(own).chain(more) {
         let binary = Path::new(binary);
-        let cached = format!("{name}+cache");
-        // The first asks Redis for each request, the second remembers leases.
+        let asking = format!("{name}+asking");
+        // The first remembers leases, the second asks Redis for each request.
         for (name, more) in [
             (name, &[][..]),
-            (cached.as_str(), &["--lease-cache", "60s"][..]),
+            (asking.as_str(), &["--lease-cache", "0s"][..]),
         ] {
             if is_wanted(name) {
                 let place = (redis, upstream);

@@ -162,7 +162,7 @@ struct Flags {
     #[arg(long, env = "MPOOL_GRACE", default_value = "60s", value_parser = duration)]
     grace: Duration,
     /// How long a lease is used without asking again while Redis tells of no change to it; 0s asks for every request
-    #[arg(long, env = "MPOOL_LEASE_CACHE", default_value = "0s", value_parser = duration)]
+    #[arg(long, env = "MPOOL_LEASE_CACHE", default_value = "60s", value_parser = duration)]
     lease_cache: Duration,
     /// The first cooldown of an account that the upstream refuses; it doubles up to ten times that
     #[arg(long, env = "MPOOL_COOLDOWN", default_value = "60s", value_parser = duration)]
