@@ -889,15 +889,16 @@ fn the_proxys_user_may_do_what_it_must_and_no_more() {
         proxy.ok(&["MPOOL.STATUS"]);
         // So that the forwarder is told of changes.
         let registration = format!("client_keys:{key}");
-        assert_eq!(proxy.run::<i64>(&["EXISTS", &registration]), 1);
+        proxy.ok(&["MPOOL.STATUS", "KEY", &key]);
         proxy.ok(&["HELLO", "3"]);
-        proxy.ok(&["CLIENT", "TRACKING", "ON"]);
+        let prefix = ["PREFIX", "client_keys:", "PREFIX", "key_rotation:"];
+        proxy.ok(&[&["CLIENT", "TRACKING", "ON", "BCAST"][..], &prefix].concat());
         for refused in [
             &["MPOOL.KEYGEN", "medium", "POOL"][..],
             &["MPOOL.REVOKE", &key],
             &["GET", "medium_pool:slots:one"],
             &["HGETALL", &registration],
-            &["EXISTS", "medium_pool:slots:one"],
+            &["EXISTS", &registration],
             &["CLIENT", "LIST"],
             &["KEYS", "*"],
             &["MONITOR"],

@@ -128,11 +128,11 @@ impl Sides {
                 came.drain(..length);
                 let words: Vec<&[u8]> = words.iter().map(Vec::as_slice).collect();
                 let reply = match words[..] {
-                    [b"CLIENT", b"SETNAME", _] | [b"CLIENT", b"TRACKING", b"ON"] => {
+                    [b"CLIENT", b"SETNAME", _] | [b"CLIENT", b"TRACKING", b"ON", ..] => {
                         "+OK\r\n".to_owned()
                     }
                     [b"HELLO", b"3"] => "%1\r\n+proto\r\n:3\r\n".to_owned(),
-                    [b"EXISTS", _, _, b"client_keys:"] => ":2\r\n".to_owned(),
+                    [b"MPOOL.STATUS", b"KEY", _] => "%1\r\n+expires_at\r\n_\r\n".to_owned(),
                     [b"MPOOL.ACQUIRE", key, b"*", b"WITHTOKEN"] => self.lease(key),
                     [b"MPOOL.COOLDOWN", b"medium", account, b"*", ms]
                     | [

@@ -1,6 +1,6 @@
 //! Leases that are known to be unchanged: Redis was asked to tell this very
-//! connection of any change to the two keys that such a lease rests on
-//! (client-side caching, <https://redis.io/docs/latest/develop/reference/client-side-caching/>),
+//! connection of any change to a key that a lease rests on
+//! (client-side caching in its broadcasting mode, <https://redis.io/docs/latest/develop/reference/client-side-caching/>),
 //! and has told of none. The module has Redis tell of what is no change of keys: another
 //! database, a new token in a file. A lease is used so for a bounded time all the same,
 //! as time goes by untold: an account's token ends.
@@ -13,10 +13,9 @@ use std::net::TcpStream;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// The names that Redis tells of begin so; a client key follows. Alone it stands for all
-/// of them: the module has it told of when another database takes the place of the pool's.
-pub const REGISTRATION: &str = "client_keys:";
-pub const LEASE: &str = "key_rotation:";
+/// The names that Redis tells of begin so; a client key follows. Where none does, all
+/// leases may have changed, by the module's word.
+pub const NAMES: [&str; 2] = ["client_keys:", "key_rotation:"];
 /// Keys that are kept in mind at once.
 const MOST: usize = 100_000;
 
@@ -161,7 +160,7 @@ impl Known {
 
     /// What is known of the key may no longer be so.
     pub fn forget(&self, key: &str) {
-        self.inner().keys.remove(key);
+        self.inner().forget(key);
     }
 
     /// A message that Redis sent unasked.
@@ -178,12 +177,9 @@ impl Known {
                         continue;
                     };
                     let name = std::str::from_utf8(&name).unwrap_or_default();
-                    let key = name
-                        .strip_prefix(REGISTRATION)
-                        .or_else(|| name.strip_prefix(LEASE));
-                    match key {
+                    match NAMES.iter().find_map(|kind| name.strip_prefix(kind)) {
                         Some("") => inner.keys.clear(),
-                        Some(key) => drop(inner.keys.remove(key)),
+                        Some(key) => inner.forget(key),
                         None => {}
                     }
                 }
@@ -202,6 +198,13 @@ impl Inner {
             tickets: self.tickets,
             ..Self::default()
         };
+    }
+
+    /// That the key has been used remains, whatever has become of it.
+    fn forget(&mut self, key: &str) {
+        if let Some(Entry::Asked(_) | Entry::Lease { .. }) = self.keys.get(key) {
+            self.keys.remove(key);
+        }
     }
 
     /// Whether nothing has come on the connection that has not been read: what
@@ -273,10 +276,15 @@ mod tests {
         }
     }
 
-    /// Asks twice, so that the second answer may be learned.
+    /// Asks twice, unless that has been done, so that the answer may be learned.
     fn meet(known: &Known, key: &str, now: Instant) -> Ticket {
-        assert!(matches!(known.look(key, now, 5), Look::Ask));
-        track(known, key, now)
+        match known.look(key, now, 5) {
+            Look::Track(ticket) => ticket,
+            look => {
+                assert!(matches!(look, Look::Ask));
+                track(known, key, now)
+            }
+        }
     }
 
     fn learn(known: &Known, key: &str, now: Instant) {
@@ -346,6 +354,15 @@ mod tests {
         let ticket = track(known, key, now);
         known.learn(key, ticket, &grant(State::Current), i64::MAX);
         assert!(is_known(known, key, now));
+    }
+
+    #[test]
+    fn a_keys_own_first_lease_does_not_have_it_forgotten() {
+        let now = Instant::now();
+        let (known, _far) = line();
+        assert!(matches!(known.look("k", now, 5), Look::Ask));
+        known.told(b">2\r\n$10\r\ninvalidate\r\n*1\r\n$14\r\nkey_rotation:k\r\n");
+        assert!(matches!(known.look("k", now, 5), Look::Track(_)));
     }
 
     #[test]

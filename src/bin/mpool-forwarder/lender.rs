@@ -4,7 +4,7 @@
 use crate::accounts::{Account, Accounts};
 use crate::answers::Code;
 use crate::headers::Scheme;
-use crate::known::{LEASE, Look, REGISTRATION};
+use crate::known::Look;
 use crate::link::{Link, Unreachable};
 use bytes::Bytes;
 use hashbrown::HashMap;
@@ -187,17 +187,6 @@ pub fn clock() -> i64 {
     i64::try_from(elapsed.as_millis()).unwrap_or(i64::MAX)
 }
 
-/// When a key ends, in unix ms, by the reply that says so: without an end at the last
-/// instant there is. None: it says something else.
-fn key_end(reply: &[u8]) -> Option<i64> {
-    match redis::parse_redis_value(reply).ok()? {
-        Value::Nil => Some(i64::MAX),
-        Value::BulkString(text) if text.is_empty() => Some(i64::MAX),
-        Value::BulkString(text) => std::str::from_utf8(&text).ok()?.parse().ok(),
-        _ => None,
-    }
-}
-
 impl Lender {
     /// The account for a key at `now`, if it need not be asked for: [`Look::Lease`].
     pub fn look(&self, key: &str, now: Instant) -> Look {
@@ -225,27 +214,20 @@ impl Lender {
             Look::Ask => return self.ask(key).await,
             Look::Track(ticket) => ticket,
         };
-        // Redis remembers who has read which keys.
-        let names = [REGISTRATION, LEASE].map(|kind| format!("{kind}{key}"));
-        let [registration, lease] = names.each_ref().map(|name| name.as_bytes());
-        let reading = [
-            self.link
-                .send(&[b"HGET", registration, b"expires_at"], None),
-            self.link
-                .send(&[b"EXISTS", lease, REGISTRATION.as_bytes()], None),
-        ];
+        // Whatever changes from here on, Redis tells of.
+        let words: [&[u8]; 3] = [b"MPOOL.STATUS", b"KEY", key.as_bytes()];
+        let reading = self.link.send(&words, None);
         let grant = self.ask(key).await?;
-        let [end, exists] = reading;
-        if let (Ok(end), Ok(exists)) = (end.await, exists.await) {
-            let may_not = |reply: &Bytes| reply.starts_with(b"-NOPERM");
-            match key_end(&end) {
-                Some(end) if exists.starts_with(b":") => {
+        match reading.await {
+            // Not to be tried each time.
+            Ok(reply) if reply.starts_with(b"-NOPERM") => self.link.known.end(),
+            Ok(reply) => {
+                if let Some(status) = Fields::of(&reply) {
+                    let end = status.expires_at.unwrap_or(i64::MAX);
                     self.link.known.learn(key, ticket, &grant, end);
                 }
-                // Whoever may not read them is told of no changes: not to be tried each time.
-                _ if may_not(&end) || may_not(&exists) => self.link.known.end(),
-                _ => {}
             }
+            Err(_) => {}
         }
         Ok(grant)
     }
@@ -400,7 +382,7 @@ pub fn client_key(key: &[u8]) -> Option<&str> {
     fits.then(|| std::str::from_utf8(key).ok()).flatten()
 }
 
-/// The fields of an ACQUIRE's reply: names and values in turn.
+/// The fields of an ACQUIRE's reply, or of a key's STATUS: names and values in turn.
 #[derive(Default)]
 struct Fields {
     account: Option<String>,
@@ -410,6 +392,7 @@ struct Fields {
     next_rotation: Option<i64>,
     token: Option<Vec<u8>>,
     auth: Option<Vec<u8>>,
+    expires_at: Option<i64>,
 }
 
 impl Fields {
@@ -436,6 +419,7 @@ impl Fields {
         match (bytes_of(name).unwrap_or_default(), value) {
             (b"last_rotation", Value::Int(at)) => self.last_rotation = Some(at),
             (b"next_rotation", Value::Int(at)) => self.next_rotation = Some(at),
+            (b"expires_at", Value::Int(at)) => self.expires_at = Some(at),
             (b"account", Value::BulkString(text)) => self.account = String::from_utf8(text).ok(),
             (b"previous_account", Value::BulkString(text)) => {
                 self.previous_account = String::from_utf8(text).ok()
@@ -549,23 +533,6 @@ fn number(fields: &Value, wanted: &[u8]) -> Option<i64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_key_ends_when_its_record_says_so() {
-        for (reply, expected) in [
-            ("$13\r\n1755266400000\r\n", Some(1_755_266_400_000)),
-            ("$0\r\n\r\n", Some(i64::MAX)),
-            ("$-1\r\n", Some(i64::MAX)),
-            ("_\r\n", Some(i64::MAX)),
-            ("$4\r\nsoon\r\n", None),
-            (":5\r\n", None),
-            ("-WRONGTYPE no hash\r\n", None),
-            ("-NOPERM\r\n", None),
-            ("", None),
-        ] {
-            assert_eq!(key_end(reply.as_bytes()), expected, "{reply:?}");
-        }
-    }
 
     #[test]
     fn errors_become_answers_and_times_become_waits() {

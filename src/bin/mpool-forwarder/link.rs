@@ -4,7 +4,7 @@
 //! until then every question is answered at once that Redis can't be asked.
 
 use crate::config::RedisTarget;
-use crate::known::{Known, REGISTRATION};
+use crate::known::{self, Known};
 use crate::patience::Patience;
 use crate::resp;
 use bytes::{Buf, Bytes, BytesMut};
@@ -377,10 +377,9 @@ impl Talk {
             && self.silence.poll(self.heard + SILENCE, cx).is_ready()
     }
 
-    /// Asks for something, whatever the answer: what may be asked where leases are
-    /// remembered.
+    /// Asks for something that changes nothing, whatever the answer.
     fn try_out(&mut self) {
-        let words: [&[u8]; 2] = [b"EXISTS", REGISTRATION.as_bytes()];
+        let words: [&[u8]; 3] = [b"MPOOL.STATUS", b"KEY", b"-"];
         let question = Question {
             command: resp::command(&words),
             expected: None,
@@ -525,7 +524,18 @@ async fn is_told_of_changes(stream: &mut Stream, patience: Duration) -> Result<b
     if !hello.starts_with(b"%") {
         return Ok(false);
     }
-    let tracking = ask_alone(stream, patience, &[b"CLIENT", b"TRACKING", b"ON"]).await?;
+    let [registration, lease] = known::NAMES.map(str::as_bytes);
+    let words: [&[u8]; 8] = [
+        b"CLIENT",
+        b"TRACKING",
+        b"ON",
+        b"BCAST",
+        b"PREFIX",
+        registration,
+        b"PREFIX",
+        lease,
+    ];
+    let tracking = ask_alone(stream, patience, &words).await?;
     Ok(tracking.starts_with(b"+"))
 }
 
