@@ -119,8 +119,13 @@ impl Known {
             Some(Entry::Asked(_)) => true,
             Some(Entry::Lease { grant, since, end }) => {
                 let age = now.saturating_duration_since(*since);
-                if age < span && clock < *end && inner.is_silent() {
-                    return Look::Lease(grant.clone());
+                if age < span && clock < *end {
+                    // What Redis tells of may be another key's.
+                    return if inner.is_silent() {
+                        Look::Lease(grant.clone())
+                    } else {
+                        Look::Ask
+                    };
                 }
                 age < span * 2
             }
@@ -238,7 +243,7 @@ mod tests {
     use crate::headers::Scheme;
     use crate::lender::Lease;
     use hyper::header::HeaderValue;
-    use std::io::Write;
+    use std::io::{Read, Write};
     use std::net::TcpListener;
     use std::sync::Arc;
 
@@ -346,6 +351,10 @@ mod tests {
         learn(&known, "y", now);
         far.write_all(b">").unwrap();
         while is_known(&known, "y", now) {}
+        assert!(matches!(known.look("y", now, 5), Look::Ask));
+        let read = known.inner().line.as_mut().unwrap().read(&mut [0; 9]);
+        assert_eq!(read.unwrap(), 1);
+        assert!(is_known(&known, "y", now), "it was nothing of its own");
         known.end();
         assert!(matches!(known.look("y", now, 5), Look::Ask));
     }
