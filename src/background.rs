@@ -125,17 +125,14 @@ impl Sink for Background {
     }
 }
 
-/// Brings one change of a file into the node. Answers whether an account has
-/// another credential now than the one that may be remembered elsewhere.
-pub(crate) fn enter(node: &mut Node, change: Change) -> bool {
-    let mut is_renewal = false;
+/// Brings one change of a file into the node.
+pub(crate) fn enter(node: &mut Node, change: Change) {
     match change {
         Change::Valid {
             tier,
             name,
             credential,
         } => {
-            is_renewal = node.pool.has_file(tier, &name);
             node.set_file(tier, &name, File::Valid(Box::new(credential)));
         }
         Change::Invalid { tier, name, reason } => {
@@ -158,7 +155,6 @@ pub(crate) fn enter(node: &mut Node, change: Change) -> bool {
             }
         }
     }
-    is_renewal
 }
 
 /// Files that can't be used of which one look at all of them logs: a folder of

@@ -54,8 +54,10 @@ pub(crate) fn swapped(ctx: &Context) {
     let _ = rebuild::renew(ctx, Files::InPortions);
 }
 
-fn role_changed(_ctx: &Context, role: ServerRole) {
+fn role_changed(ctx: &Context, role: ServerRole) {
     ffi::guarded("the role event", || {
+        // Those who remember leases are to find out who the primary is.
+        store::signal_all(ctx);
         let done = node::with(|node| {
             node.is_primary = role == ServerRole::Primary;
             if !node.is_primary {

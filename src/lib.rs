@@ -166,6 +166,8 @@ fn unload(ctx: &Context) -> Status {
             );
             return Status::Err;
         }
+        // Without the module nobody learns of changes to account files.
+        store::signal_all(ctx);
         node::install(None);
         node::await_files(false);
         node::forget_arrivals();

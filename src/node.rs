@@ -334,19 +334,18 @@ fn take_in_news(ctx: &Context) -> Result<bool, Failure> {
     if news.iter().any(|news| matches!(news, Arrival::Looked(_))) {
         await_files(false);
     }
-    let renewed = with(|node| {
-        let mut renewed = false;
+    // What an account's file says may be remembered elsewhere.
+    if news.iter().any(|news| matches!(news, Arrival::Change(_))) {
+        store::signal_all(ctx);
+    }
+    with(|node| {
         for arrival in news {
             match arrival {
-                Arrival::Change(change) => renewed |= background::enter(node, change),
+                Arrival::Change(change) => background::enter(node, change),
                 Arrival::Looked(readable) => background::trust(node, readable),
             }
         }
-        renewed
     })?;
-    if renewed {
-        store::signal_all(ctx);
-    }
     Ok(more)
 }
 

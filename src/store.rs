@@ -144,8 +144,8 @@ pub(crate) fn scan(
 }
 
 /// Has Redis tell those who track the pool's keys (CLIENT TRACKING) that all of them, or
-/// what belongs to them, may have changed, as SWAPDB and a new token tell nobody: by a
-/// name that bears no client key.
+/// what belongs to them, may have changed, where no key does: by a name that bears no
+/// client key.
 pub(crate) fn signal_all(ctx: &Context) {
     ffi::signal_change(ctx, CLIENT_KEYS.as_bytes());
 }

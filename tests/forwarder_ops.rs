@@ -2292,11 +2292,19 @@ fn a_lease_that_is_known_to_stay_is_not_asked_for() {
     assert!(known >= Some(101.0), "{known:?}");
 }
 
+/// Gives an account a token that it hasn't had.
+fn write_token(stage: &Stage<Upstream>, account: &str) {
+    let text = r#"{"access_token": "a-new-token"}"#;
+    stage
+        .server
+        .write_account(&format!("medium/{account}"), text);
+}
+
 #[test]
 fn a_known_lease_ends_with_what_it_rests_on() {
     type Change = fn(&Stage<Upstream>, &mut support::Client, &str);
     // What is changed, and the code that follows; none: another account.
-    let changes: [(&str, Change, Option<&str>); 11] = [
+    let changes: [(&str, Change, Option<&str>); 14] = [
         (
             "revoked",
             |_, redis, key| redis.ok(&["MPOOL.REVOKE", key]),
@@ -2366,14 +2374,53 @@ fn a_known_lease_ends_with_what_it_rests_on() {
         (
             "its account has a new token",
             |stage, redis, key| {
-                let account = redis.holds(key).unwrap();
-                let fresh = r#"{"access_token": "a-new-token"}"#;
-                stage
-                    .server
-                    .write_account(&format!("medium/{account}"), fresh);
+                write_token(stage, &redis.holds(key).unwrap());
                 redis.ok(&["MPOOL.RELOAD"]);
             },
             None,
+        ),
+        (
+            "its account is away and comes back while nothing may be written",
+            |stage, redis, key| {
+                let account = redis.holds(key).unwrap();
+                redis.ok(&["CLIENT", "PAUSE", "60000", "WRITE"]);
+                stage.server.remove_account(&format!("medium/{account}"));
+                // MPOOL.RELOAD would wait as well.
+                let mut wait_for_state = |is_usable: bool| {
+                    wait_for("its file to be looked at", || {
+                        let rows = redis.pages("ACCOUNTS", "medium", "100");
+                        let mut rows = rows.iter();
+                        let row = rows.find(|row| text(&row["account"]) == account);
+                        let usable = row.is_some_and(|row| text(&row["state"]) != "missing");
+                        (usable == is_usable).then_some(())
+                    });
+                };
+                wait_for_state(false);
+                write_token(stage, &account);
+                wait_for_state(true);
+                redis.ok(&["CLIENT", "UNPAUSE"]);
+            },
+            None,
+        ),
+        (
+            "the module goes and comes with a new token for its account",
+            |stage, redis, key| {
+                let account = redis.holds(key).unwrap();
+                // The forwarder's last command is none of the module's then.
+                std::thread::sleep(Duration::from_millis(1500));
+                redis.ok(&["MODULE", "UNLOAD", "mpool"]);
+                write_token(stage, &account);
+                let words = stage.server.load_words();
+                let words: Vec<&str> = words.iter().map(String::as_str).collect();
+                redis.ok(&words);
+                redis.wait_until_ready();
+            },
+            None,
+        ),
+        (
+            "its server is no longer the primary",
+            |_, redis, _| redis.ok(&["REPLICAOF", "127.0.0.1", "1"]),
+            Some("REDIS"),
         ),
         (
             "the connection breaks meanwhile",
@@ -2386,7 +2433,7 @@ fn a_known_lease_ends_with_what_it_rests_on() {
     ];
     for (what, change, code) in changes {
         println!("{what}");
-        let arguments = ["--threads", "1", "--lease-cache", "1h"];
+        let arguments = ["--threads", "1", "--lease-cache", "1h", "--grace", "0s"];
         let server = Options::default().accounts(&["a", "b"]).start();
         let stage = Stage::on(server, telling(), &arguments);
         let mut redis = stage.server.connect();
@@ -2468,20 +2515,53 @@ fn a_known_lease_is_of_no_use_once_redis_is_out_of_reach() {
         make_known(&stage, &mut client, &stage.key);
         // It says nothing any more, and nothing breaks.
         signal(stage.server.pid(), "STOP");
+        let began = Instant::now();
         wait_for("the silence to be noticed", || {
             let answer = client.get("/", &stage.key);
             assert!(
                 answer.status() == 200 || answer.code() == code,
                 "{answer:?}"
             );
-            let up = stage.forwarder.metric("mpool_redis_connections_up");
-            (up < Some(2.0) && answer.code() == code).then_some(())
+            let served = stage.forwarder.metric("mpool_grace_total");
+            let noticed = if code.is_some() {
+                answer.code() == code
+            } else {
+                served > Some(0.0)
+            };
+            noticed.then_some(())
         });
+        // A second, and another one for an answer.
+        assert!(began.elapsed() < Duration::from_secs(5));
         signal(stage.server.pid(), "CONT");
         wait_for("Redis", || {
             (client.get("/", &stage.key).status() == 200).then_some(())
         });
         make_known(&stage, &mut client, &stage.key);
+    }
+}
+
+#[test]
+fn what_is_not_remembered_costs_one_question() {
+    let server = Options::default().accounts(&["a"]);
+    let own = r#"{"access_token": "own-token"}"#;
+    let server = server.file("high/own", own).start();
+    let stage = Stage::on(server, telling(), &["--threads", "1"]);
+    let mut redis = stage.server.connect();
+    let bound = redis.bound_key("high/own");
+    let mut client = stage.client();
+    make_known(&stage, &mut client, &stage.key);
+    let questions = |redis: &mut support::Client| -> i64 {
+        let calls = redis.info("commandstats", "cmdstat_mpool.status");
+        let calls = calls.trim_start_matches("calls=").split(',').next();
+        calls.unwrap().parse().unwrap()
+    };
+    for (key, status) in [(bound.as_str(), 200), ("of-nobody", 401)] {
+        let before = (asked(&stage.server), questions(&mut redis));
+        for _ in 0..10 {
+            assert_eq!(client.get("/", key).status(), status);
+        }
+        let after = (asked(&stage.server), questions(&mut redis));
+        assert_eq!(after, (before.0 + 10, before.1), "{key}");
     }
 }
 

@@ -219,14 +219,6 @@ impl Pool {
         self.change_account(tier, name, |account| account.set_file(file));
     }
 
-    /// Whether an account is known by a file of its own on this node.
-    pub(crate) fn has_file(&self, tier: Tier, name: &str) -> bool {
-        let account = self
-            .find_account(tier, name)
-            .and_then(|id| self.account(id));
-        account.is_some_and(|account| matches!(account.file, File::Valid(_) | File::Invalid(_)))
-    }
-
     /// Whether a tier's folder on this node is the whole truth: then a name
     /// without a file is no account, and its leases are given up. Otherwise
     /// such a name is left as the keyspace has it.

@@ -131,7 +131,7 @@ impl Sides {
                     [b"CLIENT", b"SETNAME", _] | [b"CLIENT", b"TRACKING", b"ON", ..] => {
                         "+OK\r\n".to_owned()
                     }
-                    [b"HELLO", b"3"] => "%1\r\n+proto\r\n:3\r\n".to_owned(),
+                    [b"HELLO", ..] => "%2\r\n+proto\r\n:3\r\n+role\r\n+master\r\n".to_owned(),
                     [b"MPOOL.STATUS", b"KEY", _] => "%1\r\n+expires_at\r\n_\r\n".to_owned(),
                     [b"MPOOL.ACQUIRE", key, b"*", b"WITHTOKEN"] => self.lease(key),
                     [b"MPOOL.COOLDOWN", b"medium", account, b"*", ms]

@@ -18,6 +18,8 @@ use std::time::{Duration, Instant};
 pub const NAMES: [&str; 2] = ["client_keys:", "key_rotation:"];
 /// Keys that are kept in mind at once.
 const MOST: usize = 100_000;
+/// How often room is made among them: each of them is looked at for that.
+const SWEEP: Duration = Duration::from_secs(1);
 
 /// What one connection knows.
 #[derive(Debug)]
@@ -36,18 +38,25 @@ struct Inner {
     /// A message of Redis's has come in part.
     in_part: bool,
     tickets: u64,
+    /// When room was made last.
+    swept: Option<Instant>,
 }
 
 #[derive(Debug)]
-enum Entry {
-    /// Used once, then.
-    Met(Instant),
-    /// Redis is being asked; nothing has changed since.
+struct Entry {
+    /// When it was used for the first time, or asked for.
+    since: Instant,
+    kind: Kind,
+}
+
+#[derive(Debug)]
+enum Kind {
+    /// Used once.
+    Met,
+    /// Redis is being asked, by this ticket; nothing has changed since.
     Asked(u64),
     Lease {
         grant: Grant,
-        /// When it was asked for.
-        since: Instant,
         /// When it ends by the clock, or its key does, in unix ms.
         end: i64,
     },
@@ -113,53 +122,77 @@ impl Known {
         if inner.line.is_none() {
             return Look::Ask;
         }
-        let track = match inner.keys.get(key) {
-            None => false,
-            Some(Entry::Met(at)) => now.saturating_duration_since(*at) < span,
-            Some(Entry::Asked(_)) => true,
-            Some(Entry::Lease { grant, since, end }) => {
-                let age = now.saturating_duration_since(*since);
-                if age < span && clock < *end {
-                    // What Redis tells of may be another key's.
-                    return if inner.is_silent() {
-                        Look::Lease(grant.clone())
-                    } else {
-                        Look::Ask
-                    };
-                }
-                age < span * 2
-            }
-        };
-        if !inner.make_room(key, now, span) {
+        let Some(entry) = inner.keys.get(key) else {
             return Look::Ask;
-        }
-        if !track {
-            inner.keys.insert(key.into(), Entry::Met(now));
+        };
+        let age = now.saturating_duration_since(entry.since);
+        let of_use = match &entry.kind {
+            Kind::Lease { grant, end } if age < span && clock < *end => {
+                // What Redis tells of may be another key's.
+                return if inner.is_silent() {
+                    Look::Lease(grant.clone())
+                } else {
+                    Look::Ask
+                };
+            }
+            Kind::Met => span,
+            Kind::Asked(_) | Kind::Lease { .. } => span * 2,
+        };
+        if age >= of_use {
+            inner.keys.remove(key);
             return Look::Ask;
         }
         inner.tickets += 1;
         let ticket = inner.tickets;
-        inner.keys.insert(key.into(), Entry::Asked(ticket));
+        inner.enter(key, now, Kind::Asked(ticket));
         Look::Track(Ticket(ticket, now))
     }
 
-    /// What Redis answered to that question, about a key that ends at `key_end` (unix
-    /// ms). It counts if no change has been told of since it was asked.
-    pub fn learn(&self, key: &str, Ticket(ticket, since): Ticket, grant: &Grant, key_end: i64) {
-        // The others' changes are not all changes of the key's own.
-        let next = grant.lease.next_rotation;
-        let Some(next) = next.filter(|_| grant.state == State::Current) else {
-            return;
-        };
+    /// Redis, asked at `now`, has granted that to a key which it was not asked to tell of.
+    pub fn meet(&self, key: &str, now: Instant, grant: &Grant) {
         let mut inner = self.inner();
-        if let Some(entry) = inner.keys.get_mut(key)
-            && matches!(entry, Entry::Asked(own) if *own == ticket)
+        // Only leases of the pool are told of in full, by a Redis that can be asked.
+        let may_be_known = !matches!(grant.state, State::Bound | State::Grace);
+        if may_be_known
+            && inner.line.is_some()
+            && !inner.keys.contains_key(key)
+            && inner.has_room(now, self.span)
         {
-            *entry = Entry::Lease {
-                grant: grant.clone(),
-                since,
-                end: next.min(key_end),
-            };
+            inner.enter(key, now, Kind::Met);
+        }
+    }
+
+    /// What Redis answered to that question, about a key that ends at `key_end` (unix
+    /// ms), when it was `clock`. It counts if no change has been told of since it was asked.
+    pub fn learn(
+        &self,
+        key: &str,
+        Ticket(ticket, since): Ticket,
+        grant: &Grant,
+        key_end: i64,
+        clock: i64,
+    ) {
+        let end = grant.lease.next_rotation.unwrap_or(0).min(key_end);
+        let mut inner = self.inner();
+        if !inner.is_asked(key, ticket) {
+            return;
+        }
+        match grant.state {
+            State::Current if clock < end => {
+                let grant = grant.clone();
+                inner.enter(key, since, Kind::Lease { grant, end });
+            }
+            // They come with changes that are still to be told of.
+            State::Assigned | State::Rotated | State::Failover => inner.forget(key),
+            State::Current | State::Bound | State::Grace => drop(inner.keys.remove(key)),
+        }
+    }
+
+    /// Redis has refused the key or could not be asked, or its end is not known.
+    pub fn refused(&self, key: &str, Ticket(ticket, _): Ticket) {
+        let mut inner = self.inner();
+        if inner.is_asked(key, ticket) {
+            inner.keys.remove(key);
         }
     }
 
@@ -205,10 +238,21 @@ impl Inner {
         };
     }
 
+    fn enter(&mut self, key: &str, since: Instant, kind: Kind) {
+        self.keys.insert(key.into(), Entry { since, kind });
+    }
+
+    fn is_asked(&self, key: &str, ticket: u64) -> bool {
+        let entry = self.keys.get(key);
+        entry.is_some_and(|entry| matches!(entry.kind, Kind::Asked(own) if own == ticket))
+    }
+
     /// That the key has been used remains, whatever has become of it.
     fn forget(&mut self, key: &str) {
-        if let Some(Entry::Asked(_) | Entry::Lease { .. }) = self.keys.get(key) {
-            self.keys.remove(key);
+        if let Some(entry) = self.keys.get_mut(key)
+            && !matches!(entry.kind, Kind::Met)
+        {
+            entry.kind = Kind::Met;
         }
     }
 
@@ -222,16 +266,13 @@ impl Inner {
         !self.in_part && self.line.as_ref().is_some_and(silence)
     }
 
-    fn make_room(&mut self, key: &str, now: Instant, span: Duration) -> bool {
-        if self.keys.len() < MOST || self.keys.contains_key(key) {
-            return true;
+    /// Whether there is room for another key, if need be in the place of what is too old.
+    fn has_room(&mut self, now: Instant, span: Duration) -> bool {
+        let age = |since: Instant| now.saturating_duration_since(since);
+        if self.keys.len() >= MOST && self.swept.is_none_or(|swept| age(swept) >= SWEEP) {
+            self.swept = Some(now);
+            self.keys.retain(|_, entry| age(entry.since) < span);
         }
-        let recent = |at: &Instant| now.saturating_duration_since(*at) < span;
-        self.keys.retain(|_, entry| match entry {
-            Entry::Met(at) => recent(at),
-            Entry::Asked(_) => true,
-            Entry::Lease { since, .. } => recent(since),
-        });
         self.keys.len() < MOST
     }
 }
@@ -281,20 +322,16 @@ mod tests {
         }
     }
 
-    /// Asks twice, unless that has been done, so that the answer may be learned.
+    /// Has it used once, and asked for a second time.
     fn meet(known: &Known, key: &str, now: Instant) -> Ticket {
-        match known.look(key, now, 5) {
-            Look::Track(ticket) => ticket,
-            look => {
-                assert!(matches!(look, Look::Ask));
-                track(known, key, now)
-            }
-        }
+        known.forget(key);
+        known.meet(key, now, &grant(State::Current));
+        track(known, key, now)
     }
 
     fn learn(known: &Known, key: &str, now: Instant) {
         let ticket = meet(known, key, now);
-        known.learn(key, ticket, &grant(State::Current), i64::MAX);
+        known.learn(key, ticket, &grant(State::Current), i64::MAX, 5);
         assert!(matches!(known.look(key, now, 5), Look::Lease(_)));
     }
 
@@ -316,7 +353,7 @@ mod tests {
             "it has rotated"
         );
         let ticket = meet(&known, "e", now);
-        known.learn("e", ticket, &grant(State::Current), 6);
+        known.learn("e", ticket, &grant(State::Current), 6, 5);
         assert!(is_known(&known, "e", now));
         assert!(
             matches!(known.look("e", now, 6), Look::Track(_)),
@@ -361,17 +398,29 @@ mod tests {
 
     fn learn_again(known: &Known, key: &str, now: Instant) {
         let ticket = track(known, key, now);
-        known.learn(key, ticket, &grant(State::Current), i64::MAX);
+        known.learn(key, ticket, &grant(State::Current), i64::MAX, 5);
         assert!(is_known(known, key, now));
     }
 
     #[test]
-    fn a_keys_own_first_lease_does_not_have_it_forgotten() {
+    fn a_key_is_met_by_what_it_is_granted() {
         let now = Instant::now();
         let (known, _far) = line();
-        assert!(matches!(known.look("k", now, 5), Look::Ask));
+        let asks = |key: &str| matches!(known.look(key, now, 5), Look::Ask);
+        // Nobody can fill the memory with keys that there are not.
+        for state in [State::Bound, State::Grace] {
+            assert!(asks("k"));
+            known.meet("k", now, &grant(state));
+        }
+        assert!(asks("k") && known.inner().keys.is_empty());
+        known.meet("k", now, &grant(State::Assigned));
+        // Of its own first lease.
         known.told(b">2\r\n$10\r\ninvalidate\r\n*1\r\n$14\r\nkey_rotation:k\r\n");
-        assert!(matches!(known.look("k", now, 5), Look::Track(_)));
+        let ticket = track(&known, "k", now);
+        known.refused("k", ticket);
+        assert!(asks("k") && known.inner().keys.is_empty());
+        known.meet("k", now - SPAN, &grant(State::Current));
+        assert!(asks("k"), "that was long ago");
     }
 
     #[test]
@@ -384,15 +433,15 @@ mod tests {
         };
         let first = ticket();
         known.told(b">2\r\n$10\r\ninvalidate\r\n*1\r\n$13\r\nclient_keys:k\r\n");
-        known.learn("k", first, &grant(State::Current), i64::MAX);
+        known.learn("k", first, &grant(State::Current), i64::MAX, 5);
         assert!(!is_known(&known, "k", now));
         let older = ticket();
         let _newer = ticket();
-        known.learn("k", older, &grant(State::Current), i64::MAX);
+        known.learn("k", older, &grant(State::Current), i64::MAX, 5);
         assert!(!is_known(&known, "k", now));
         for state in [State::Assigned, State::Bound, State::Grace] {
             let ticket = ticket();
-            known.learn("k", ticket, &grant(state), i64::MAX);
+            known.learn("k", ticket, &grant(state), i64::MAX, 5);
             assert!(!is_known(&known, "k", now), "{state:?}");
         }
     }
@@ -405,7 +454,7 @@ mod tests {
         known.end();
         known.begin(Some(far));
         let _own = meet(&known, "k", now);
-        known.learn("k", former, &grant(State::Current), i64::MAX);
+        known.learn("k", former, &grant(State::Current), i64::MAX, 5);
         assert!(!is_known(&known, "k", now));
     }
 
@@ -414,10 +463,12 @@ mod tests {
         let now = Instant::now();
         let (known, _far) = line();
         for number in 0..MOST + 10 {
-            let _ = known.look(&number.to_string(), now, 5);
+            known.meet(&number.to_string(), now, &grant(State::Current));
         }
         assert_eq!(known.inner().keys.len(), MOST);
-        let _ = known.look("late", now + SPAN, 5);
+        known.meet("soon", now + SWEEP / 2, &grant(State::Current));
+        assert_eq!(known.inner().keys.len(), MOST);
+        known.meet("late", now + SWEEP.max(SPAN), &grant(State::Current));
         assert_eq!(known.inner().keys.len(), 1);
     }
 

@@ -209,27 +209,35 @@ impl Lender {
     /// [`Denied`] when the key is refused, no account is free, or Redis can't be
     /// asked and no lease may be used without it.
     pub async fn acquire(&self, key: &str, look: Look) -> Result<Grant, Denied> {
+        let known = &self.link.known;
         let ticket = match look {
             Look::Lease(grant) => return Ok(grant),
-            Look::Ask => return self.ask(key).await,
             Look::Track(ticket) => ticket,
+            Look::Ask => {
+                let grant = self.ask(key).await?;
+                if known.is_wanted() {
+                    known.meet(key, Instant::now(), &grant);
+                }
+                return Ok(grant);
+            }
         };
         // Whatever changes from here on, Redis tells of.
         let words: [&[u8]; 3] = [b"MPOOL.STATUS", b"KEY", key.as_bytes()];
         let reading = self.link.send(&words, None);
-        let grant = self.ask(key).await?;
-        match reading.await {
+        let asked = self.ask(key).await;
+        let status = reading.await.unwrap_or_default();
+        if status.starts_with(b"-NOPERM") {
             // Not to be tried each time.
-            Ok(reply) if reply.starts_with(b"-NOPERM") => self.link.known.end(),
-            Ok(reply) => {
-                if let Some(status) = Fields::of(&reply) {
-                    let end = status.expires_at.unwrap_or(i64::MAX);
-                    self.link.known.learn(key, ticket, &grant, end);
-                }
-            }
-            Err(_) => {}
+            known.end();
         }
-        Ok(grant)
+        match (&asked, Fields::of(&status)) {
+            (Ok(grant), Some(status)) => {
+                let end = status.expires_at.unwrap_or(i64::MAX);
+                known.learn(key, ticket, grant, end, clock());
+            }
+            _ => known.refused(key, ticket),
+        }
+        asked
     }
 
     /// The account for a key, from Redis.

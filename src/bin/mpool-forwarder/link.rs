@@ -8,6 +8,7 @@ use crate::known::{self, Known};
 use crate::patience::Patience;
 use crate::resp;
 use bytes::{Buf, Bytes, BytesMut};
+use redis::Value;
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::io;
@@ -355,7 +356,7 @@ impl Talk {
         if let Err(end) = self.read(cx) {
             return Poll::Ready(end);
         }
-        if self.is_silent(cx) {
+        if self.is_doubtful(cx) {
             self.try_out();
             if let Err(end) = self.write(cx) {
                 return Poll::Ready(end);
@@ -371,19 +372,19 @@ impl Talk {
 
     /// Whether nothing has come for so long that Redis may be out of reach, where that
     /// would go unnoticed.
-    fn is_silent(&mut self, cx: &mut Context<'_>) -> bool {
+    fn is_doubtful(&mut self, cx: &mut Context<'_>) -> bool {
         self.asked.is_empty()
             && self.known.is_told()
             && self.silence.poll(self.heard + SILENCE, cx).is_ready()
     }
 
-    /// Asks for something that changes nothing, whatever the answer.
+    /// Asks who is there.
     fn try_out(&mut self) {
-        let words: [&[u8]; 3] = [b"MPOOL.STATUS", b"KEY", b"-"];
         let question = Question {
-            command: resp::command(&words),
+            command: resp::command(&[b"HELLO"]),
             expected: None,
             answer: None,
+            // The next connection need not be asked that.
             again: true,
         };
         self.put(question);
@@ -406,7 +407,8 @@ impl Talk {
 
     fn read(&mut self, cx: &mut Context<'_>) -> Result<(), End> {
         loop {
-            self.came.reserve(4 << 10);
+            // A long message is looked at from its beginning each time: in few steps.
+            self.came.reserve(self.came.len().max(4 << 10));
             let reading = std::pin::pin!(self.stream.read_buf(&mut self.came));
             match reading.poll(cx) {
                 Poll::Ready(Ok(0)) => return Err(End::Broke),
@@ -422,8 +424,8 @@ impl Talk {
                 let demoted = reply.starts_with(b"-READONLY") || reply.starts_with(b"-MASTERDOWN");
                 // What nobody asked for can't be matched with a question.
                 let (question, _) = self.asked.pop_front().ok_or(End::Broke)?;
-                // Whoever may not ask is told of no changes.
-                if question.answer.is_none() && reply.starts_with(b"-NOPERM") {
+                // A replica tells of no changes in time. The next request finds it out.
+                if question.answer.is_none() && !is_primary(&reply) {
                     self.known.end();
                 }
                 question.answer(Ok(reply));
@@ -448,6 +450,20 @@ impl Talk {
         let length = resp::reply_length(&self.came).map_err(|_| End::Broke)?;
         Ok(length.map(|length| self.came.split_to(length).freeze()))
     }
+}
+
+/// Whether that is what a primary says of itself (HELLO).
+fn is_primary(reply: &[u8]) -> bool {
+    let Ok(Value::Map(fields)) = redis::parse_redis_value(reply) else {
+        return false;
+    };
+    let is = |value: &Value, text: &[u8]| match value {
+        Value::BulkString(bytes) => bytes == text,
+        Value::SimpleString(simple) => simple.as_bytes() == text,
+        _ => false,
+    };
+    let mut fields = fields.iter();
+    fields.any(|(name, value)| is(name, b"role") && is(value, b"master"))
 }
 
 /// A connection to Redis.
@@ -571,4 +587,24 @@ async fn ask_alone(
     timeout(patience, asking)
         .await
         .map_err(|_| "no answer in time")?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_primary_says_so() {
+        for (reply, expected) in [
+            (
+                "%2\r\n$4\r\nmode\r\n$10\r\nstandalone\r\n$4\r\nrole\r\n$6\r\nmaster\r\n",
+                true,
+            ),
+            ("%1\r\n$4\r\nrole\r\n$7\r\nreplica\r\n", false),
+            ("%1\r\n$6\r\nserver\r\n$6\r\nmaster\r\n", false),
+            ("-NOPERM\r\n", false),
+        ] {
+            assert_eq!(is_primary(reply.as_bytes()), expected, "{reply:?}");
+        }
+    }
 }
