@@ -15,6 +15,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, TryRecvError};
 use std::time::{Duration, Instant, SystemTime};
 use support::network::Place;
 use support::sentinels::Sentinels;
@@ -2469,6 +2470,34 @@ fn a_revoked_key_is_never_served() {
             assert_eq!(client.get("/", &key).code(), Some("REVOKED"));
         }
     }
+}
+
+#[test]
+fn changes_told_of_while_a_connection_begins_do_it_no_harm() {
+    let server = Options::default().accounts(&["a"]).start();
+    let mut redis = server.connect();
+    let upstream = telling();
+    let key = redis.pool_key();
+    std::thread::scope(|scope| {
+        // The thread ends with the sender, however that ends.
+        let (_sender, receiver) = mpsc::channel::<()>();
+        let mut other = server.connect();
+        scope.spawn(move || {
+            let name = format!("client_keys:{}", "x".repeat(99));
+            while receiver.try_recv() == Err(TryRecvError::Empty) {
+                let _: i64 = other.run(&["HSET", &name, "tier", "high"]);
+            }
+        });
+        for _ in 0..5 {
+            let forwarder = Forwarder::between(&server, &upstream).start();
+            let mut client = forwarder.client();
+            for _ in 0..20 {
+                check_ok(&client.get("/", &key));
+            }
+            let log = forwarder.log().join("\n");
+            assert!(!log.contains("is lost"), "{log}");
+        }
+    });
 }
 
 #[test]

@@ -195,9 +195,9 @@ impl<S: Fn(Event) + Send + Sync + 'static> Keeper<S> {
                 Ok(Err(why)) => {
                     (self.said)(Event::Down(why));
                 }
-                Ok(Ok(stream)) => {
+                Ok(Ok(line)) => {
                     (self.said)(Event::Up);
-                    let (over, answered) = self.converse(stream).await;
+                    let (over, answered) = self.converse(line).await;
                     self.known.end();
                     (self.said)(Event::Lost);
                     self.lost_at = Instant::now();
@@ -223,7 +223,7 @@ impl<S: Fn(Event) + Send + Sync + 'static> Keeper<S> {
     async fn connect(
         &mut self,
         target: &mut RedisTarget,
-    ) -> Result<Result<Stream, &'static str>, Over> {
+    ) -> Result<Result<Line, &'static str>, Over> {
         let patience = self.patience;
         // Asking Sentinels takes more than one step.
         let (known, outage) = (Arc::clone(&self.known), Arc::clone(&self.outage));
@@ -262,11 +262,10 @@ impl<S: Fn(Event) + Send + Sync + 'static> Keeper<S> {
     }
 
     /// Asks and answers until the connection breaks. Says whether it was of any use.
-    async fn converse(&mut self, stream: Stream) -> (Over, bool) {
+    async fn converse(&mut self, line: Line) -> (Over, bool) {
         let mut talk = Talk {
-            stream,
+            line,
             out: BytesMut::new(),
-            came: BytesMut::with_capacity(16 << 10),
             asked: VecDeque::new(),
             patience: Patience::new(),
             heard: Instant::now(),
@@ -278,7 +277,11 @@ impl<S: Fn(Event) + Send + Sync + 'static> Keeper<S> {
         for question in asked_before {
             talk.put(question);
         }
-        let over = poll_fn(|cx| talk.poll(&mut self.waiting, self.patience, cx)).await;
+        // Redis may have told of changes already.
+        let over = match talk.take_in() {
+            Ok(()) => poll_fn(|cx| talk.poll(&mut self.waiting, self.patience, cx)).await,
+            Err(end) => end,
+        };
         for (question, _) in talk.asked {
             let failure = match &over {
                 End::TooLate => TOO_LATE,
@@ -318,9 +321,8 @@ impl From<io::Error> for End {
 
 /// One connection and the questions that are out on it.
 struct Talk {
-    stream: Stream,
+    line: Line,
     out: BytesMut,
-    came: BytesMut,
     asked: VecDeque<(Question, Instant)>,
     patience: Patience,
     /// When something came last.
@@ -392,14 +394,14 @@ impl Talk {
 
     fn write(&mut self, cx: &mut Context<'_>) -> Result<(), End> {
         while !self.out.is_empty() {
-            match Pin::new(&mut self.stream).poll_write(cx, &self.out) {
+            match Pin::new(&mut self.line.stream).poll_write(cx, &self.out) {
                 Poll::Ready(Ok(0)) => return Err(End::Broke),
                 Poll::Ready(written) => self.out.advance(written?),
                 Poll::Pending => return Ok(()),
             }
         }
         // TLS keeps what it has not been told to send.
-        match Pin::new(&mut self.stream).poll_flush(cx) {
+        match Pin::new(&mut self.line.stream).poll_flush(cx) {
             Poll::Ready(flushed) => Ok(flushed?),
             Poll::Pending => Ok(()),
         }
@@ -407,35 +409,42 @@ impl Talk {
 
     fn read(&mut self, cx: &mut Context<'_>) -> Result<(), End> {
         loop {
+            let Line { stream, came } = &mut self.line;
             // A long message is looked at from its beginning each time: in few steps.
-            self.came.reserve(self.came.len().max(4 << 10));
-            let reading = std::pin::pin!(self.stream.read_buf(&mut self.came));
+            came.reserve(came.len().max(4 << 10));
+            let reading = std::pin::pin!(stream.read_buf(came));
             match reading.poll(cx) {
                 Poll::Ready(Ok(0)) => return Err(End::Broke),
                 Poll::Ready(read) => drop(read?),
                 Poll::Pending => return Ok(()),
             }
             self.heard = Instant::now();
-            while let Some(reply) = self.next_reply()? {
-                if reply.starts_with(b">") {
-                    self.known.told(&reply);
-                    continue;
-                }
-                let demoted = reply.starts_with(b"-READONLY") || reply.starts_with(b"-MASTERDOWN");
-                // What nobody asked for can't be matched with a question.
-                let (question, _) = self.asked.pop_front().ok_or(End::Broke)?;
-                // A replica tells of no changes in time. The next request finds it out.
-                if question.answer.is_none() && !is_primary(&reply) {
-                    self.known.end();
-                }
-                question.answer(Ok(reply));
-                self.answered |= !demoted;
-                if demoted {
-                    return Err(End::NotPrimary);
-                }
-            }
-            self.known.in_part(!self.came.is_empty());
+            self.take_in()?;
         }
+    }
+
+    /// Has each reply that is all there where it belongs.
+    fn take_in(&mut self) -> Result<(), End> {
+        while let Some(reply) = self.next_reply()? {
+            if reply.starts_with(b">") {
+                self.known.told(&reply);
+                continue;
+            }
+            let demoted = reply.starts_with(b"-READONLY") || reply.starts_with(b"-MASTERDOWN");
+            // What nobody asked for can't be matched with a question.
+            let (question, _) = self.asked.pop_front().ok_or(End::Broke)?;
+            // A replica tells of no changes in time. The next request finds it out.
+            if question.answer.is_none() && !is_primary(&reply) {
+                self.known.end();
+            }
+            question.answer(Ok(reply));
+            self.answered |= !demoted;
+            if demoted {
+                return Err(End::NotPrimary);
+            }
+        }
+        self.known.in_part(!self.line.came.is_empty());
+        Ok(())
     }
 
     /// The next reply, once it is all there.
@@ -443,12 +452,13 @@ impl Talk {
         let asked = self.asked.front().map(|(question, _)| question);
         let expected = asked.and_then(|question| question.expected.as_ref());
         // No reply begins with another one.
-        if let Some(expected) = expected.filter(|expected| self.came.starts_with(expected)) {
-            self.came.advance(expected.len());
+        let came = &mut self.line.came;
+        if let Some(expected) = expected.filter(|expected| came.starts_with(expected)) {
+            came.advance(expected.len());
             return Ok(Some(expected.clone()));
         }
-        let length = resp::reply_length(&self.came).map_err(|_| End::Broke)?;
-        Ok(length.map(|length| self.came.split_to(length).freeze()))
+        let length = resp::reply_length(came).map_err(|_| End::Broke)?;
+        Ok(length.map(|length| came.split_to(length).freeze()))
     }
 }
 
@@ -467,9 +477,13 @@ fn is_primary(reply: &[u8]) -> bool {
 }
 
 /// A connection to Redis.
-pub type Stream = Box<dyn Transport>;
+struct Line {
+    stream: Box<dyn Transport>,
+    /// What has come on it and is still to be taken in.
+    came: BytesMut,
+}
 
-pub trait Transport: AsyncRead + AsyncWrite + Send + Unpin {}
+trait Transport: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Transport for T {}
 
 /// Connects and logs in. Answers why it can't, in words that hold nothing of
@@ -479,7 +493,7 @@ async fn open(
     patience: Duration,
     known: &Known,
     outage: &Outage,
-) -> Result<Stream, &'static str> {
+) -> Result<Line, &'static str> {
     let (host, port) = target.address().await?;
     let connecting = tokio::net::TcpStream::connect((host.as_str(), port));
     let stream = timeout(patience, connecting)
@@ -490,8 +504,8 @@ async fn open(
         _ => "the connection can't be made",
     })?;
     let _ = stream.set_nodelay(true);
-    let line = stream.as_fd().try_clone_to_owned();
-    let mut stream: Stream = match &target.tls {
+    let socket = stream.as_fd().try_clone_to_owned();
+    let stream: Box<dyn Transport> = match &target.tls {
         None => Box::new(stream),
         Some(connector) => {
             let name = rustls::pki_types::ServerName::try_from(host)
@@ -504,21 +518,25 @@ async fn open(
             )?)
         }
     };
+    let mut line = Line {
+        stream,
+        came: BytesMut::with_capacity(16 << 10),
+    };
     if let Some(login) = &target.login {
         let words: Vec<&[u8]> = login.iter().map(|word| word.as_bytes()).collect();
-        let reply = ask_alone(&mut stream, patience, &words).await?;
+        let reply = line.ask(patience, &words).await?;
         if reply.starts_with(b"-") {
             return Err("it refuses the login");
         }
     }
     // A user may lack the right to this; it is for those who look at CLIENT LIST.
-    ask_alone(&mut stream, patience, &[b"CLIENT", b"SETNAME", NAME]).await?;
+    line.ask(patience, &[b"CLIENT", b"SETNAME", NAME]).await?;
     // The next outage is another one, also where no request comes until then. Only
     // a primary that has the pool knows that there is no such key.
     let is_out = outage.since().is_some();
     if is_out {
         let question: [&[u8]; 3] = [b"MPOOL.ACQUIRE", b"-", b"*"];
-        let verdict = ask_alone(&mut stream, patience, &question).await?;
+        let verdict = line.ask(patience, &question).await?;
         if verdict.starts_with(b"-NOKEY") {
             *outage.since() = None;
         } else if verdict.starts_with(b"-LOADING") {
@@ -527,66 +545,65 @@ async fn open(
     }
     // Nor need it be allowed to be told of changes: then every request asks.
     if known.is_wanted()
-        && let Ok(line) = line
-        && is_told_of_changes(&mut stream, patience).await?
+        && let Ok(socket) = socket
+        && line.tells_of_changes(patience).await?
     {
-        known.begin(Some(line.into()));
+        known.begin(Some(socket.into()));
     }
-    Ok(stream)
+    Ok(line)
 }
 
-async fn is_told_of_changes(stream: &mut Stream, patience: Duration) -> Result<bool, &'static str> {
-    let hello = ask_alone(stream, patience, &[b"HELLO", b"3"]).await?;
-    if !hello.starts_with(b"%") {
-        return Ok(false);
-    }
-    let [registration, lease] = known::NAMES.map(str::as_bytes);
-    let words: [&[u8]; 8] = [
-        b"CLIENT",
-        b"TRACKING",
-        b"ON",
-        b"BCAST",
-        b"PREFIX",
-        registration,
-        b"PREFIX",
-        lease,
-    ];
-    let tracking = ask_alone(stream, patience, &words).await?;
-    Ok(tracking.starts_with(b"+"))
-}
-
-/// One question on a connection that nobody else has yet.
-async fn ask_alone(
-    stream: &mut Stream,
-    patience: Duration,
-    words: &[&[u8]],
-) -> Result<BytesMut, &'static str> {
-    let asking = async {
-        stream
-            .write_all(&resp::command(words))
-            .await
-            .map_err(|_| "the connection broke")?;
-        stream.flush().await.map_err(|_| "the connection broke")?;
-        let mut came = BytesMut::new();
-        loop {
-            match resp::reply_length(&came) {
-                Ok(Some(_)) => return Ok(came),
-                Ok(None) => {}
-                Err(resp::Malformed) => return Err("it answers, but not as Redis does"),
-            }
-            if stream
-                .read_buf(&mut came)
-                .await
-                .map_err(|_| "the connection broke")?
-                == 0
-            {
-                return Err("it closes the connection");
-            }
+impl Line {
+    async fn tells_of_changes(&mut self, patience: Duration) -> Result<bool, &'static str> {
+        let hello = self.ask(patience, &[b"HELLO", b"3"]).await?;
+        if !hello.starts_with(b"%") {
+            return Ok(false);
         }
-    };
-    timeout(patience, asking)
-        .await
-        .map_err(|_| "no answer in time")?
+        let [registration, lease] = known::NAMES.map(str::as_bytes);
+        let words: [&[u8]; 8] = [
+            b"CLIENT",
+            b"TRACKING",
+            b"ON",
+            b"BCAST",
+            b"PREFIX",
+            registration,
+            b"PREFIX",
+            lease,
+        ];
+        let tracking = self.ask(patience, &words).await?;
+        Ok(tracking.starts_with(b"+"))
+    }
+
+    /// One question while nobody else has the connection. What comes behind the answer
+    /// stays to be taken in.
+    async fn ask(&mut self, patience: Duration, words: &[&[u8]]) -> Result<BytesMut, &'static str> {
+        let Self { stream, came } = self;
+        let asking = async {
+            stream
+                .write_all(&resp::command(words))
+                .await
+                .map_err(|_| "the connection broke")?;
+            stream.flush().await.map_err(|_| "the connection broke")?;
+            loop {
+                match resp::reply_length(came) {
+                    Ok(Some(length)) => return Ok(came.split_to(length)),
+                    Ok(None) => {}
+                    Err(resp::Malformed) => return Err("it answers, but not as Redis does"),
+                }
+                if stream
+                    .read_buf(came)
+                    .await
+                    .map_err(|_| "the connection broke")?
+                    == 0
+                {
+                    return Err("it closes the connection");
+                }
+            }
+        };
+        timeout(patience, asking)
+            .await
+            .map_err(|_| "no answer in time")?
+    }
 }
 
 #[cfg(test)]
