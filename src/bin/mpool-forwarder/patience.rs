@@ -3,8 +3,9 @@
 
 use std::cell::RefCell;
 use std::future::Future;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::task::{Context, Poll, Waker};
+use tokio::task::coop::unconstrained;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 /// Timers kept for the next request by each thread.
@@ -64,7 +65,8 @@ impl Patience {
         {
             return Poll::Pending;
         }
-        while timer.as_mut().poll(cx).is_ready() {
+        // A task that has used up its budget for this turn would not be woken by it either.
+        while pin!(unconstrained(timer.as_mut())).poll(cx).is_ready() {
             if Instant::now() >= deadline {
                 return Poll::Ready(());
             }
@@ -99,6 +101,7 @@ mod tests {
     use super::*;
     use std::future::poll_fn;
     use std::time::Duration;
+    use tokio::task::coop;
 
     #[tokio::test(start_paused = true)]
     async fn a_deadline_that_moves_on_is_waited_for() {
@@ -138,6 +141,22 @@ mod tests {
             assert_eq!(looks, 2);
             assert!(Instant::now() >= deadline);
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_task_is_woken_that_had_used_up_its_turn() {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let mut patience = Patience::new();
+        let mut looks = 0;
+        let waiting = poll_fn(|cx| {
+            looks += 1;
+            while looks == 1 && coop::has_budget_remaining() {
+                let _ = pin!(coop::consume_budget()).poll(cx);
+            }
+            patience.poll(deadline, cx)
+        });
+        let late = Duration::from_secs(99);
+        assert!(tokio::time::timeout(late, waiting).await.is_ok());
     }
 
     #[tokio::test(start_paused = true)]
