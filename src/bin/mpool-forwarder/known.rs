@@ -3,7 +3,7 @@
 //! (client-side caching in its broadcasting mode, <https://redis.io/docs/latest/develop/reference/client-side-caching/>),
 //! and has told of none. The module has Redis tell of what is no change of keys: another
 //! database, a new token in a file. A lease is used so for a bounded time all the same,
-//! as time goes by untold: an account's token ends.
+//! as nobody tells when an account's token ends.
 
 use crate::lender::{Grant, State};
 use hashbrown::HashMap;
@@ -20,6 +20,8 @@ pub const NAMES: [&str; 2] = ["client_keys:", "key_rotation:"];
 const MOST: usize = 100_000;
 /// How often room is made among them: each of them is looked at for that.
 const SWEEP: Duration = Duration::from_secs(1);
+/// How long a question keeps others from being asked for the same: it may be given up.
+const QUESTION: Duration = Duration::from_secs(1);
 
 /// What one connection knows.
 #[derive(Debug)]
@@ -51,7 +53,7 @@ struct Entry {
 
 #[derive(Debug)]
 enum Kind {
-    /// Used once.
+    /// It has been used, and nothing more is known.
     Met,
     /// Redis is being asked, by this ticket; nothing has changed since.
     Asked(u64),
@@ -135,6 +137,8 @@ impl Known {
                     Look::Ask
                 };
             }
+            // Its answer would count no more.
+            Kind::Asked(_) if age < QUESTION => return Look::Ask,
             Kind::Met => span,
             Kind::Asked(_) | Kind::Lease { .. } => span * 2,
         };
@@ -151,7 +155,7 @@ impl Known {
     /// Redis, asked at `now`, has granted that to a key which it was not asked to tell of.
     pub fn meet(&self, key: &str, now: Instant, grant: &Grant) {
         let mut inner = self.inner();
-        // Only leases of the pool are told of in full, by a Redis that can be asked.
+        // Nobody tells of what a bound key rests on, nor of anything without Redis.
         let may_be_known = !matches!(grant.state, State::Bound | State::Grace);
         if may_be_known
             && inner.line.is_some()
@@ -201,6 +205,11 @@ impl Known {
         self.inner().forget(key);
     }
 
+    /// What is known of any key may no longer be so.
+    pub fn forget_all(&self) {
+        self.inner().forget_all();
+    }
+
     /// A message that Redis sent unasked.
     pub fn told(&self, message: &[u8]) {
         let names = match redis::parse_redis_value(message) {
@@ -216,14 +225,14 @@ impl Known {
                     };
                     let name = std::str::from_utf8(&name).unwrap_or_default();
                     match NAMES.iter().find_map(|kind| name.strip_prefix(kind)) {
-                        Some("") => inner.keys.clear(),
+                        Some("") => inner.forget_all(),
                         Some(key) => inner.forget(key),
                         None => {}
                     }
                 }
             }
             // All keys, or something not understood.
-            _ => inner.keys.clear(),
+            _ => inner.forget_all(),
         }
     }
 }
@@ -249,9 +258,13 @@ impl Inner {
 
     /// That the key has been used remains, whatever has become of it.
     fn forget(&mut self, key: &str) {
-        if let Some(entry) = self.keys.get_mut(key)
-            && !matches!(entry.kind, Kind::Met)
-        {
+        if let Some(entry) = self.keys.get_mut(key) {
+            entry.kind = Kind::Met;
+        }
+    }
+
+    fn forget_all(&mut self) {
+        for entry in self.keys.values_mut() {
             entry.kind = Kind::Met;
         }
     }
@@ -397,6 +410,7 @@ mod tests {
     }
 
     fn learn_again(known: &Known, key: &str, now: Instant) {
+        known.forget(key);
         let ticket = track(known, key, now);
         known.learn(key, ticket, &grant(State::Current), i64::MAX, 5);
         assert!(is_known(known, key, now));
@@ -417,6 +431,7 @@ mod tests {
         // Of its own first lease.
         known.told(b">2\r\n$10\r\ninvalidate\r\n*1\r\n$14\r\nkey_rotation:k\r\n");
         let ticket = track(&known, "k", now);
+        assert!(asks("k"), "the question is out already");
         known.refused("k", ticket);
         assert!(asks("k") && known.inner().keys.is_empty());
         known.meet("k", now - SPAN, &grant(State::Current));

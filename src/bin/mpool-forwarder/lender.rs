@@ -230,11 +230,9 @@ impl Lender {
             // Not to be tried each time.
             known.end();
         }
-        match (&asked, Fields::of(&status)) {
-            (Ok(grant), Some(status)) => {
-                let end = status.expires_at.unwrap_or(i64::MAX);
-                known.learn(key, ticket, grant, end, clock());
-            }
+        let end = Fields::of(&status).and_then(|status| status.expires_at);
+        match (&asked, end) {
+            (Ok(grant), Some(end)) => known.learn(key, ticket, grant, end, clock()),
             _ => known.refused(key, ticket),
         }
         asked
@@ -400,6 +398,7 @@ struct Fields {
     next_rotation: Option<i64>,
     token: Option<Vec<u8>>,
     auth: Option<Vec<u8>>,
+    /// The last instant there is, where the key has no end.
     expires_at: Option<i64>,
 }
 
@@ -428,6 +427,7 @@ impl Fields {
             (b"last_rotation", Value::Int(at)) => self.last_rotation = Some(at),
             (b"next_rotation", Value::Int(at)) => self.next_rotation = Some(at),
             (b"expires_at", Value::Int(at)) => self.expires_at = Some(at),
+            (b"expires_at", Value::Nil) => self.expires_at = Some(i64::MAX),
             (b"account", Value::BulkString(text)) => self.account = String::from_utf8(text).ok(),
             (b"previous_account", Value::BulkString(text)) => {
                 self.previous_account = String::from_utf8(text).ok()

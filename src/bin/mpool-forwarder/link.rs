@@ -273,12 +273,13 @@ impl<S: Fn(Event) + Send + Sync + 'static> Keeper<S> {
             answered: false,
             known: Arc::clone(&self.known),
         };
+        // Redis may have told of changes already.
+        let begun = talk.take_in();
         let asked_before: Vec<Question> = self.pending.drain(..).collect();
         for question in asked_before {
             talk.put(question);
         }
-        // Redis may have told of changes already.
-        let over = match talk.take_in() {
+        let over = match begun {
             Ok(()) => poll_fn(|cx| talk.poll(&mut self.waiting, self.patience, cx)).await,
             Err(end) => end,
         };
@@ -324,9 +325,11 @@ struct Talk {
     line: Line,
     out: BytesMut,
     asked: VecDeque<(Question, Instant)>,
+    /// For answers.
     patience: Patience,
     /// When something came last.
     heard: Instant,
+    /// For anything at all.
     silence: Patience,
     answered: bool,
     known: Arc<Known>,
@@ -435,7 +438,7 @@ impl Talk {
             let (question, _) = self.asked.pop_front().ok_or(End::Broke)?;
             // A replica tells of no changes in time. The next request finds it out.
             if question.answer.is_none() && !is_primary(&reply) {
-                self.known.end();
+                self.known.forget_all();
             }
             question.answer(Ok(reply));
             self.answered |= !demoted;
