@@ -105,11 +105,7 @@ fn another_key(server: &Server) -> (String, String) {
 
 /// How often the forwarders have sent that command.
 fn calls(server: &Server, command: &str) -> u64 {
-    let stats: redis::InfoDict = server.connect().run(&["INFO", "commandstats"]);
-    let stat: Option<String> = stats.get(&format!("cmdstat_{command}"));
-    let stat = stat.unwrap_or_else(|| "calls=0,".to_owned());
-    let calls = stat.strip_prefix("calls=").unwrap().split(',').next();
-    calls.unwrap().parse().unwrap()
+    server.connect().calls(command)
 }
 
 #[track_caller]

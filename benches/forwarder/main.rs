@@ -459,14 +459,7 @@ impl Bench {
 
     /// How often Redis was asked for a lease.
     fn lookups(&mut self) -> u64 {
-        let info: redis::InfoDict = self.client.run(&["INFO", "commandstats"]);
-        let calls = info.get::<String>("cmdstat_mpool.acquire");
-        calls.map_or(0, |line| {
-            let calls = line
-                .strip_prefix("calls=")
-                .and_then(|rest| rest.split(',').next());
-            calls.unwrap().parse().unwrap()
-        })
+        self.client.calls("mpool.acquire")
     }
 
     fn target(&self, name: &str) -> Option<&Target> {

@@ -755,6 +755,15 @@ impl Client {
             .unwrap_or_else(|| panic!("INFO {section} has no {name}"))
     }
 
+    /// How often that command has been sent, by whomever.
+    pub fn calls(&mut self, command: &str) -> u64 {
+        let stats: redis::InfoDict = self.run(&["INFO", "commandstats"]);
+        let stat: Option<String> = stats.get(&format!("cmdstat_{command}"));
+        let stat = stat.unwrap_or_else(|| "calls=0,".to_owned());
+        let calls = stat.strip_prefix("calls=").unwrap().split(',').next();
+        calls.unwrap().parse().unwrap()
+    }
+
     /// The command must be refused with an error that begins with `code`, and
     /// nothing may have been written. Answers the error's text.
     #[track_caller]

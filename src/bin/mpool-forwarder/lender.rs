@@ -440,7 +440,8 @@ impl Fields {
     }
 }
 
-fn bytes_of(value: &Value) -> Option<&[u8]> {
+/// The text of a reply's value, whichever way it is sent.
+pub fn bytes_of(value: &Value) -> Option<&[u8]> {
     match value {
         Value::BulkString(bytes) => Some(bytes),
         Value::SimpleString(text) => Some(text.as_bytes()),

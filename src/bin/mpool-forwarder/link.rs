@@ -5,6 +5,7 @@
 
 use crate::config::RedisTarget;
 use crate::known::{self, Known};
+use crate::lender::bytes_of;
 use crate::patience::Patience;
 use crate::resp;
 use bytes::{Buf, Bytes, BytesMut};
@@ -470,13 +471,10 @@ fn is_primary(reply: &[u8]) -> bool {
     let Ok(Value::Map(fields)) = redis::parse_redis_value(reply) else {
         return false;
     };
-    let is = |value: &Value, text: &[u8]| match value {
-        Value::BulkString(bytes) => bytes == text,
-        Value::SimpleString(simple) => simple.as_bytes() == text,
-        _ => false,
-    };
-    let mut fields = fields.iter();
-    fields.any(|(name, value)| is(name, b"role") && is(value, b"master"))
+    let role = fields
+        .iter()
+        .find(|(name, _)| bytes_of(name) == Some(b"role"));
+    role.is_some_and(|(_, role)| bytes_of(role) == Some(b"master"))
 }
 
 /// A connection to Redis.
