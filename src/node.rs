@@ -8,7 +8,7 @@ use crate::errors::{CODES, Failure};
 use crate::ffi;
 use crate::pool::{Choice, Effect, File, Pool, State, Tier};
 use crate::rebuild::{self, Files, Rebuild};
-use crate::store::{self, Observation};
+use crate::store::{self, Observation, PoolKey};
 use redis_module::{Context, ContextFlags};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
@@ -334,10 +334,7 @@ fn take_in_news(ctx: &Context) -> Result<bool, Failure> {
     if news.iter().any(|news| matches!(news, Arrival::Looked(_))) {
         await_files(false);
     }
-    // What an account's file says may be remembered elsewhere.
-    if news.iter().any(|news| matches!(news, Arrival::Change(_))) {
-        store::signal_all(ctx);
-    }
+    tell_of(ctx, &news);
     with(|node| {
         for arrival in news {
             match arrival {
@@ -347,6 +344,29 @@ fn take_in_news(ctx: &Context) -> Result<bool, Failure> {
         }
     })?;
     Ok(more)
+}
+
+/// Has whoever remembers leases of the accounts that there is news of ask for them again:
+/// a token is in no key of Redis's.
+fn tell_of(ctx: &Context, news: &[Arrival]) {
+    // What a view that isn't ready says of them may be wrong, and of very many it is quicker
+    // to say that all may have changed.
+    let few = with(|node| {
+        let changes = news.iter().filter_map(|news| match news {
+            Arrival::Change(change) => Some(change.key()),
+            Arrival::Looked(_) => None,
+        });
+        let holders = changes.flat_map(|(tier, name)| node.pool.holders(tier, name));
+        let names: Vec<String> = holders
+            .take(SETTLE_LIMIT + 1)
+            .map(|key| PoolKey::Rotation(key).name())
+            .collect();
+        (is_ready() && names.len() <= SETTLE_LIMIT).then_some(names)
+    });
+    match few {
+        Ok(Some(names)) => names.iter().for_each(|name| store::signal(ctx, name)),
+        _ => store::signal_all(ctx),
+    }
 }
 
 /// Before a command that may write: puts right what changes by hand have left,

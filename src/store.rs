@@ -147,7 +147,12 @@ pub(crate) fn scan(
 /// what belongs to them, may have changed, where no key does: by a name that bears no
 /// client key.
 pub(crate) fn signal_all(ctx: &Context) {
-    ffi::signal_change(ctx, CLIENT_KEYS.as_bytes());
+    signal(ctx, CLIENT_KEYS);
+}
+
+/// The same of one key, by its name.
+pub(crate) fn signal(ctx: &Context, name: &str) {
+    ffi::signal_change(ctx, name.as_bytes());
 }
 
 type Hash<const N: usize> = Result<Option<[Option<RedisString>; N]>, WrongType>;

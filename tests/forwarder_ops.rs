@@ -2454,6 +2454,50 @@ fn a_known_lease_ends_with_what_it_rests_on() {
 }
 
 #[test]
+fn a_new_token_is_asked_for_by_whoever_uses_its_account_alone() {
+    let arguments = ["--threads", "1", "--lease-cache", "1h"];
+    let server = Options::default().accounts(&["a", "b"]).start();
+    let stage = Stage::on(server, telling(), &arguments);
+    let mut redis = stage.server.connect();
+    let mut client = stage.client();
+    let other = redis.pool_key();
+    let [before, after] = [&stage.key, &other].map(|key| make_known(&stage, &mut client, key));
+    let accounts = [&stage.key, &other].map(|key| redis.holds(key).unwrap());
+    assert_ne!(accounts[0], accounts[1]);
+    write_token(&stage, &accounts[1]);
+    redis.ok(&["MPOOL.RELOAD"]);
+    wait_for("the new token", || {
+        let answer = client.get("/", &other);
+        (answer.body != after.body).then_some(())
+    });
+    let asked_before = asked(&stage.server);
+    assert_eq!(client.get("/", &stage.key).body, before.body);
+    assert_eq!(asked(&stage.server), asked_before);
+}
+
+#[test]
+fn a_new_token_reaches_all_who_share_its_account() {
+    let arguments = ["--threads", "1", "--lease-cache", "1h"];
+    let slots = ["slots-per-account", "100"];
+    let server = Options::default().accounts(&["a"]).module(&slots).start();
+    let stage = Stage::on(server, telling(), &arguments);
+    let mut redis = stage.server.connect();
+    let mut client = stage.client();
+    let keys: Vec<String> = (0..99).map(|_| redis.pool_key()).collect();
+    for key in &keys {
+        make_known(&stage, &mut client, key);
+    }
+    write_token(&stage, "a");
+    redis.ok(&["MPOOL.RELOAD"]);
+    wait_for("the new token", || {
+        let mut answers = keys.iter().map(|key| client.get("/", key));
+        answers
+            .all(|answer| answer.body == b"a-new-token")
+            .then_some(())
+    });
+}
+
+#[test]
 fn a_revoked_key_is_never_served() {
     let stage = Stage::with(Upstream::ok(), &["--lease-cache", "1h"]);
     let mut redis = stage.server.connect();

@@ -91,7 +91,8 @@ pub(crate) enum Change {
 }
 
 impl Change {
-    fn key(&self) -> (Tier, &str) {
+    /// The folder and the name under which it is reported.
+    pub(crate) fn key(&self) -> (Tier, &str) {
         match self {
             Self::Valid { tier, name, .. } | Self::Invalid { tier, name, .. } => (*tier, name),
             Self::BadName { tier, file } | Self::Gone { tier, file } => (*tier, file),

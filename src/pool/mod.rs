@@ -231,6 +231,16 @@ impl Pool {
             .filter_map(|(slot, _)| AccountId::new(slot))
     }
 
+    /// The client keys that hold a slot of an account, in no order; none of one that
+    /// the pool doesn't know.
+    pub(crate) fn holders(&self, tier: Tier, name: &str) -> impl Iterator<Item = &str> {
+        let account = self
+            .find_account(tier, name)
+            .and_then(|id| self.account(id));
+        let holders = account.into_iter().flat_map(|account| &account.holders);
+        holders.filter_map(|&id| self.key(id).map(|key| &*key.name))
+    }
+
     /// The name of an account that the pool knows, as its bytes.
     pub(crate) fn account_bytes(&self, id: AccountId) -> Option<&[u8]> {
         self.account(id).map(|account| account.name.bytes())
