@@ -2497,31 +2497,8 @@ fn a_new_token_reaches_all_who_share_its_account() {
     });
 }
 
-#[test]
-fn a_revoked_key_is_never_served() {
-    let stage = Stage::with(Upstream::ok(), &["--lease-cache", "1h"]);
-    let mut redis = stage.server.connect();
-    let mut clients = [stage.client(), stage.client()];
-    for _ in 0..300 {
-        let key = redis.pool_key();
-        for client in &mut clients {
-            for _ in 0..3 {
-                check_ok(&client.get("/", &key));
-            }
-        }
-        redis.ok(&["MPOOL.REVOKE", &key]);
-        for client in &mut clients {
-            assert_eq!(client.get("/", &key).code(), Some("REVOKED"));
-        }
-    }
-}
-
-#[test]
-fn changes_told_of_while_a_connection_begins_do_it_no_harm() {
-    let server = Options::default().accounts(&["a"]).start();
-    let mut redis = server.connect();
-    let upstream = telling();
-    let key = redis.pool_key();
+/// Has Redis tell of one change after the other, none of them to a key in use, while that is done.
+fn while_others_change(server: &Server, work: impl FnOnce()) {
     std::thread::scope(|scope| {
         // The thread ends with the sender, however that ends.
         let (_sender, receiver) = mpsc::channel::<()>();
@@ -2532,6 +2509,54 @@ fn changes_told_of_while_a_connection_begins_do_it_no_harm() {
                 let _: i64 = other.run(&["HSET", &name, "tier", "high"]);
             }
         });
+        work();
+    });
+}
+
+#[test]
+fn a_revoked_key_is_never_served() {
+    let stage = Stage::with(Upstream::ok(), &["--lease-cache", "1h"]);
+    let mut redis = stage.server.connect();
+    let mut clients = [stage.client(), stage.client()];
+    let mut revoke = |rounds: usize| {
+        for _ in 0..rounds {
+            let key = redis.pool_key();
+            for client in &mut clients {
+                for _ in 0..3 {
+                    check_ok(&client.get("/", &key));
+                }
+            }
+            redis.ok(&["MPOOL.REVOKE", &key]);
+            for client in &mut clients {
+                assert_eq!(client.get("/", &key).code(), Some("REVOKED"));
+            }
+        }
+    };
+    revoke(300);
+    while_others_change(&stage.server, || revoke(100));
+}
+
+#[test]
+fn changes_to_others_have_nobody_asked() {
+    let stage = Stage::with(telling(), &["--threads", "1", "--lease-cache", "1h"]);
+    let mut client = stage.client();
+    make_known(&stage, &mut client, &stage.key);
+    while_others_change(&stage.server, || {
+        let before = asked(&stage.server);
+        for _ in 0..1_000 {
+            check_ok(&client.get("/", &stage.key));
+        }
+        assert_eq!(asked(&stage.server), before);
+    });
+}
+
+#[test]
+fn changes_told_of_while_a_connection_begins_do_it_no_harm() {
+    let server = Options::default().accounts(&["a"]).start();
+    let mut redis = server.connect();
+    let upstream = telling();
+    let key = redis.pool_key();
+    while_others_change(&server, || {
         for _ in 0..5 {
             let forwarder = Forwarder::between(&server, &upstream).start();
             let mut client = forwarder.client();

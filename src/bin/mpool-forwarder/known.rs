@@ -8,9 +8,12 @@
 use crate::lender::{Grant, State};
 use hashbrown::HashMap;
 use redis::Value;
+use std::future::poll_fn;
 use std::io::ErrorKind;
+use std::mem;
 use std::net::TcpStream;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 /// The names that Redis tells of begin so; a client key follows. Where none does, all
@@ -39,6 +42,10 @@ struct Inner {
     line: Option<TcpStream>,
     /// A message of Redis's has come in part.
     in_part: bool,
+    /// How often all that had come has been read.
+    readings: u64,
+    /// Those who wait for the next time.
+    waiting: Vec<Waker>,
     tickets: u64,
     /// When room was made last.
     swept: Option<Instant>,
@@ -69,11 +76,17 @@ enum Kind {
 pub enum Look {
     /// It is this one.
     Lease(Grant),
+    /// It may be known, once what has come from Redis has been read.
+    Behind(Behind),
     /// Redis is to be asked, and to tell of changes from then on.
     Track(Ticket),
     /// Redis is to be asked.
     Ask,
 }
+
+/// How often all had been read when something had come that had not.
+#[derive(Clone, Copy, Debug)]
+pub struct Behind(u64);
 
 /// A question's number, and when it was asked.
 #[derive(Debug)]
@@ -102,12 +115,42 @@ impl Known {
 
     /// Redis tells of changes from now on, over a connection with this socket.
     pub fn begin(&self, line: Option<TcpStream>) {
-        self.inner().restart(line);
+        let waiting = self.inner().restart(line);
+        waiting.into_iter().for_each(Waker::wake);
     }
 
     /// It tells of none any more, or is gone, and with it all that was known.
     pub fn end(&self) {
-        self.inner().restart(None);
+        self.begin(None);
+    }
+
+    /// What had come on the connection has been read, if anything has, and what it told
+    /// taken in.
+    pub fn caught_up(&self, has_read: bool) {
+        if !self.is_wanted() {
+            return;
+        }
+        let mut inner = self.inner();
+        // What has come may be of TLS alone, in which there is nothing to read.
+        if has_read || !inner.waiting.is_empty() && inner.is_silent() {
+            inner.readings += 1;
+            let waiting = mem::take(&mut inner.waiting);
+            drop(inner);
+            waiting.into_iter().for_each(Waker::wake);
+        }
+    }
+
+    /// Waits until all has been read that had come by then.
+    pub async fn catch_up(&self, Behind(readings): Behind) {
+        poll_fn(|cx| {
+            let mut inner = self.inner();
+            if inner.readings != readings {
+                return Poll::Ready(());
+            }
+            inner.waiting.push(cx.waker().clone());
+            Poll::Pending
+        })
+        .await;
     }
 
     /// Whether a message has come in part.
@@ -119,6 +162,21 @@ impl Known {
 
     /// The lease of a key at `now`, which is `clock` in unix ms.
     pub fn look(&self, key: &str, now: Instant, clock: i64) -> Look {
+        self.look_if(key, now, clock, Inner::is_silent)
+    }
+
+    /// The same for one who has caught up since it was asked for the lease.
+    pub fn look_again(&self, key: &str, now: Instant, clock: i64) -> Look {
+        self.look_if(key, now, clock, |_| true)
+    }
+
+    fn look_if(
+        &self,
+        key: &str,
+        now: Instant,
+        clock: i64,
+        is_read: impl FnOnce(&Inner) -> bool,
+    ) -> Look {
         let span = self.span;
         let mut inner = self.inner();
         if inner.line.is_none() {
@@ -130,11 +188,14 @@ impl Known {
         let age = now.saturating_duration_since(entry.since);
         let of_use = match &entry.kind {
             Kind::Lease { grant, end } if age < span && clock < *end => {
-                // What Redis tells of may be another key's.
-                return if inner.is_silent() {
+                return if inner.in_part {
+                    // Nobody knows when the rest comes.
+                    Look::Ask
+                } else if is_read(&inner) {
                     Look::Lease(grant.clone())
                 } else {
-                    Look::Ask
+                    // Were Redis asked instead, its answer would have the next one ask, too.
+                    Look::Behind(Behind(inner.readings))
                 };
             }
             // Its answer would count no more.
@@ -238,13 +299,17 @@ impl Known {
 }
 
 impl Inner {
-    fn restart(&mut self, line: Option<TcpStream>) {
+    /// Answers who has waited.
+    fn restart(&mut self, line: Option<TcpStream>) -> Vec<Waker> {
+        let former = mem::take(self);
         *self = Self {
             line,
             // No question of a former connection's is to be taken for one of this one's.
-            tickets: self.tickets,
+            tickets: former.tickets,
+            readings: former.readings + 1,
             ..Self::default()
         };
+        former.waiting
     }
 
     fn enter(&mut self, key: &str, since: Instant, kind: Kind) {
@@ -276,7 +341,7 @@ impl Inner {
             let peeked = line.peek(&mut [0]);
             peeked.is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
         };
-        !self.in_part && self.line.as_ref().is_some_and(silence)
+        self.line.as_ref().is_some_and(silence)
     }
 
     /// Whether there is room for another key, if need be in the place of what is too old.
@@ -299,7 +364,9 @@ mod tests {
     use hyper::header::HeaderValue;
     use std::io::{Read, Write};
     use std::net::TcpListener;
+    use std::pin::pin;
     use std::sync::Arc;
+    use std::task::Context;
 
     const SPAN: Duration = Duration::from_secs(1);
 
@@ -400,13 +467,64 @@ mod tests {
         known.forget("y");
         learn(&known, "y", now);
         far.write_all(b">").unwrap();
-        while is_known(&known, "y", now) {}
-        assert!(matches!(known.look("y", now, 5), Look::Ask));
+        let behind = behind(&known, "y", now);
         let read = known.inner().line.as_mut().unwrap().read(&mut [0; 9]);
         assert_eq!(read.unwrap(), 1);
+        known.caught_up(true);
+        assert!(is_over(known.catch_up(behind)));
         assert!(is_known(&known, "y", now), "it was nothing of its own");
         known.end();
         assert!(matches!(known.look("y", now, 5), Look::Ask));
+    }
+
+    /// What there is to catch up with, once something has come.
+    fn behind(known: &Known, key: &str, now: Instant) -> Behind {
+        loop {
+            match known.look(key, now, 5) {
+                Look::Lease(_) => {}
+                Look::Behind(behind) => return behind,
+                other => panic!("not known: {other:?}"),
+            }
+        }
+    }
+
+    fn is_over(wait: impl Future<Output = ()>) -> bool {
+        let mut context = Context::from_waker(Waker::noop());
+        pin!(wait).poll(&mut context).is_ready()
+    }
+
+    #[test]
+    fn a_lease_waits_for_what_has_come_to_be_read() {
+        let now = Instant::now();
+        let (known, mut far) = line();
+        learn(&known, "k", now);
+        far.write_all(b">").unwrap();
+        let before = behind(&known, "k", now);
+        let mut wait = pin!(known.catch_up(before));
+        assert!(!is_over(wait.as_mut()));
+        known.caught_up(false);
+        assert!(!is_over(wait.as_mut()), "it has not been read");
+        known.caught_up(true);
+        assert!(is_over(wait));
+        // What has come since is none of those who have waited.
+        assert!(matches!(known.look_again("k", now, 5), Look::Lease(_)));
+        known.in_part(true);
+        assert!(matches!(known.look_again("k", now, 5), Look::Ask));
+        known.in_part(false);
+        let before = behind(&known, "k", now);
+        let mut wait = pin!(known.catch_up(before));
+        assert!(!is_over(wait.as_mut()));
+        let read = known.inner().line.as_mut().unwrap().read(&mut [0; 9]);
+        assert_eq!(read.unwrap(), 1);
+        known.caught_up(false);
+        assert!(is_over(wait), "there was nothing in it to be told of");
+        far.write_all(b">").unwrap();
+        let before = behind(&known, "k", now);
+        let mut wait = pin!(known.catch_up(before));
+        assert!(!is_over(wait.as_mut()));
+        known.end();
+        assert!(is_over(wait), "nobody reads any more");
+        assert!(matches!(known.look_again("k", now, 5), Look::Ask));
     }
 
     fn learn_again(known: &Known, key: &str, now: Instant) {

@@ -4,7 +4,7 @@
 use crate::accounts::{Account, Accounts};
 use crate::answers::Code;
 use crate::headers::Scheme;
-use crate::known::Look;
+use crate::known::{Behind, Look};
 use crate::link::{Link, Unreachable};
 use bytes::Bytes;
 use hashbrown::HashMap;
@@ -197,6 +197,13 @@ impl Lender {
         known.look(key, now, clock())
     }
 
+    /// The same, once what has come from Redis has been read.
+    pub async fn look_again(&self, key: &str, behind: Behind) -> Look {
+        let known = &self.link.known;
+        known.catch_up(behind).await;
+        known.look_again(key, Instant::now(), clock())
+    }
+
     /// Have Redis asked for this key the next time.
     pub fn forget(&self, key: &str) {
         self.link.known.forget(key);
@@ -213,7 +220,7 @@ impl Lender {
         let ticket = match look {
             Look::Lease(grant) => return Ok(grant),
             Look::Track(ticket) => ticket,
-            Look::Ask => {
+            Look::Ask | Look::Behind(_) => {
                 let grant = self.ask(key).await?;
                 if known.is_wanted() {
                     known.meet(key, Instant::now(), &grant);

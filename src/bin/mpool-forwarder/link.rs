@@ -412,6 +412,7 @@ impl Talk {
     }
 
     fn read(&mut self, cx: &mut Context<'_>) -> Result<(), End> {
+        let mut has_read = false;
         loop {
             let Line { stream, came } = &mut self.line;
             // A long message is looked at from its beginning each time: in few steps.
@@ -420,8 +421,12 @@ impl Talk {
             match reading.poll(cx) {
                 Poll::Ready(Ok(0)) => return Err(End::Broke),
                 Poll::Ready(read) => drop(read?),
-                Poll::Pending => return Ok(()),
+                Poll::Pending => {
+                    self.known.caught_up(has_read);
+                    return Ok(());
+                }
             }
+            has_read = true;
             self.heard = Instant::now();
             self.take_in()?;
         }

@@ -178,12 +178,18 @@ impl Proxy {
             return Err(Code::BodyTooLarge.into());
         }
         let key: Box<str> = lender::client_key(key).ok_or(Code::NoKey)?.into();
-        let (grant, at) = match self.lender.look(&key, report.started()) {
+        // Not read twice: a look takes no time.
+        let mut at = report.started();
+        let mut look = self.lender.look(&key, at);
+        if let Look::Behind(behind) = look {
+            look = self.lender.look_again(&key, behind).await;
+            at = Instant::now();
+        }
+        let (grant, at) = match look {
             Look::Lease(grant) => {
                 self.metrics.known.inc();
                 log_lease(&grant);
-                // Not read twice: a look takes no time.
-                (grant, report.started())
+                (grant, at)
             }
             look => {
                 let grant = self.acquire(&key, look, report.started()).await?;
