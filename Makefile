@@ -29,7 +29,7 @@ test: deps-test lint build ## everything: formatting, lints, scripts, unit, prop
 
 lint: ## rustfmt, clippy, shellcheck, and that the fuzz targets can be built
 	cargo fmt --check
-	cargo clippy --all-targets -- -D warnings
+	cargo clippy --all-targets --features ceiling -- -D warnings
 	RUSTFLAGS='-D warnings --cfg fuzzing' cargo check --locked --manifest-path fuzz/Cargo.toml --no-default-features --target-dir target/fuzz-check
 	shellcheck -x $(SCRIPTS)
 
@@ -54,7 +54,7 @@ torture: deps-test build ## an hour of crashes, failovers, random commands and f
 	scripts/fuzz 60
 
 bench: deps-bench optimized ## the benchmarks: a page of ratios, kept in benches/RESULTS.md
-	cargo build --release --features ceiling
+	cargo build --release --features ceiling --lib --bins --example turns
 	MPOOL_BENCH_RESULTS=benches/RESULTS.md MPOOL_BENCH_FORWARDER=optimized=$(OPTIMIZED) cargo bench --quiet --features ceiling --bench module --bench growth --bench stalls --bench forwarder
 
 build: ## the module, the forwarder and the demo upstream, for the tests

@@ -1,9 +1,11 @@
 //! How long a server's event loop stands still: a client of its own sends PING
-//! after PING and keeps the longest round trips.
+//! after PING and keeps the longest round trips. Of a server with `turns` in it (see
+//! turns/), it also has what that says.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{JoinHandle, sleep};
@@ -18,7 +20,10 @@ pub struct Stall {
     /// probe, could have run but had no processor. Waits for a thread of the
     /// module are in it.
     pub own: f64,
-    /// CPU time of the server's main thread within one round trip.
+    /// A turn of the server's event loop without waits for a processor; 0 where
+    /// nothing tells of it, as for the next.
+    pub turn: f64,
+    /// The main thread's CPU time in a turn.
     pub cpu: f64,
 }
 
@@ -26,6 +31,7 @@ impl Stall {
     fn keep_longest(&mut self, other: Self) {
         self.trip = self.trip.max(other.trip);
         self.own = self.own.max(other.own);
+        self.turn = self.turn.max(other.turn);
         self.cpu = self.cpu.max(other.cpu);
     }
 }
@@ -72,26 +78,50 @@ pub fn stall_of(port: u16, work: impl FnOnce()) -> Stall {
 fn ping(stream: &TcpStream, stop: &AtomicBool, longest: &mut Stall) {
     stream.set_nodelay(true).unwrap();
     let mut replies = BufReader::new(stream);
-    let server = format!(
-        "/proc/{0}/task/{0}/schedstat",
-        process_id(stream, &mut replies)
-    );
+    let process = process_id(stream, &mut replies);
+    let server = format!("/proc/{process}/task/{process}/schedstat");
+    let turns = Turns::open(process);
     let mut line = Vec::new();
     while !stop.load(Ordering::Relaxed) {
-        let before = (times(&server), times("/proc/thread-self/schedstat"));
+        let before = waited(&server) + waited("/proc/thread-self/schedstat");
         let start = Instant::now();
         (&mut { stream }).write_all(b"PING\r\n").unwrap();
         line.clear();
         // While it loads, the reply is an error, as quick as any.
         replies.read_until(b'\n', &mut line).unwrap();
         let trip = start.elapsed().as_nanos() as f64;
-        let after = (times(&server), times("/proc/thread-self/schedstat"));
-        let waited = after.0.1 - before.0.1 + after.1.1 - before.1.1;
+        let after = waited(&server) + waited("/proc/thread-self/schedstat");
         longest.keep_longest(Stall {
             trip: trip / 1e6,
-            own: (trip - waited).max(0.0) / 1e6,
-            cpu: (after.0.0 - before.0.0) / 1e6,
+            own: (trip - (after - before)).max(0.0) / 1e6,
+            ..Stall::default()
         });
+    }
+    longest.keep_longest(turns.map(|turns| turns.longest()).unwrap_or_default());
+}
+
+/// The longest turns from when this is made on.
+struct Turns(File);
+
+impl Turns {
+    fn open(process: u32) -> Option<Self> {
+        let name = format!("/proc/{process}/cwd/turns");
+        let file = File::options().read(true).write(true).open(name).ok()?;
+        file.write_all_at(&[0; 16], 0).unwrap();
+        Some(Self(file))
+    }
+
+    fn longest(&self) -> Stall {
+        let [turn, cpu] = [0, 8].map(|offset| {
+            let mut time = [0; 8];
+            self.0.read_exact_at(&mut time, offset).unwrap();
+            u64::from_ne_bytes(time) as f64 / 1e6
+        });
+        Stall {
+            turn,
+            cpu,
+            ..Stall::default()
+        }
     }
 }
 
@@ -108,9 +138,8 @@ fn process_id(mut stream: &TcpStream, replies: &mut impl BufRead) -> u32 {
     id.unwrap().parse().unwrap()
 }
 
-/// A thread's time on a processor, and waiting for one, in ns.
-fn times(file: &str) -> (f64, f64) {
+/// How long a thread has waited for a processor, in ns.
+fn waited(file: &str) -> f64 {
     let text = fs::read_to_string(file).unwrap();
-    let mut numbers = text.split(' ').map(|number| number.parse().unwrap());
-    (numbers.next().unwrap(), numbers.next().unwrap())
+    text.split(' ').nth(1).unwrap().parse().unwrap()
 }
