@@ -356,7 +356,7 @@ impl Inner {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
     use crate::accounts::Account;
     use crate::headers::Scheme;
@@ -409,7 +409,7 @@ mod tests {
         track(known, key, now)
     }
 
-    fn learn(known: &Known, key: &str, now: Instant) {
+    pub fn learn(known: &Known, key: &str, now: Instant) {
         let ticket = meet(known, key, now);
         known.learn(key, ticket, &grant(State::Current), i64::MAX, 5);
         assert!(matches!(known.look(key, now, 5), Look::Lease(_)));

@@ -20,6 +20,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::coop;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 /// How long questions wait for a connection that has just been lost.
@@ -422,7 +423,10 @@ impl Talk {
                 Poll::Ready(Ok(0)) => return Err(End::Broke),
                 Poll::Ready(read) => drop(read?),
                 Poll::Pending => {
-                    self.known.caught_up(has_read);
+                    // Or else this task has had its turn, and goes on in the next.
+                    if coop::has_budget_remaining() {
+                        self.known.caught_up(has_read);
+                    }
                     return Ok(());
                 }
             }
@@ -615,6 +619,77 @@ impl Line {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::known::Look;
+    use std::pin::pin;
+    use tokio::net::{TcpListener, TcpStream};
+
+    /// A connection that tells of changes, and Redis's end of it.
+    async fn talk() -> (Talk, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let here = TcpStream::connect(listener.local_addr().unwrap());
+        let (here, far) = tokio::join!(here, listener.accept());
+        let here = here.unwrap();
+        let known = Known::new(Duration::from_secs(3600));
+        let socket = here.as_fd().try_clone_to_owned().unwrap();
+        known.begin(Some(socket.into()));
+        let talk = Talk {
+            line: Line {
+                stream: Box::new(here),
+                came: BytesMut::new(),
+            },
+            out: BytesMut::new(),
+            asked: VecDeque::new(),
+            patience: Patience::new(),
+            heard: Instant::now(),
+            silence: Patience::new(),
+            answered: false,
+            known: Arc::new(known),
+        };
+        (talk, far.unwrap().0)
+    }
+
+    /// Has the connection read what has come when the task may take so many steps less.
+    fn read_with_less(talk: &mut Talk, steps: usize, cx: &mut Context<'_>) {
+        for _ in 0..steps {
+            let _ = pin!(coop::consume_budget()).poll(cx);
+        }
+        assert!(talk.read(cx).is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_task_that_has_had_its_turn_has_not_read_all() {
+        // 64 bytes: what is read at once ends with a message.
+        let told = |key: &str| {
+            let name = format!("client_keys:{key:->20}");
+            format!(">2\r\n$10\r\ninvalidate\r\n*1\r\n$32\r\n{name}\r\n")
+        };
+        // Several steps' worth, and then what counts.
+        let news = told("other").repeat(400) + &told("k");
+        let key = format!("{:->20}", "k");
+        for steps in 100..140 {
+            let (mut talk, mut far) = talk().await;
+            let now = std::time::Instant::now();
+            let known = Arc::clone(&talk.known);
+            known::tests::learn(&known, &key, now);
+            far.write_all(news.as_bytes()).await.unwrap();
+            let Look::Behind(behind) = known.look(&key, now, 5) else {
+                panic!("it has not been read");
+            };
+            let mut waiting = pin!(known.catch_up(behind));
+            // Until the connection's readiness has been noticed, nothing is read.
+            let mut rounds = 0;
+            poll_fn(|cx| {
+                rounds += 1;
+                read_with_less(&mut talk, if rounds < 20 { steps } else { 0 }, cx);
+                let over = waiting.as_mut().poll(cx);
+                let stale = matches!(known.look_again(&key, now, 5), Look::Lease(_));
+                assert!(over.is_pending() || !stale, "{steps} steps less");
+                cx.waker().wake_by_ref();
+                over
+            })
+            .await;
+        }
+    }
 
     #[test]
     fn a_primary_says_so() {
