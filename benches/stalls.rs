@@ -115,6 +115,14 @@ fn turns() -> PathBuf {
     found.expect("libturns.so is not built: run `make bench`")
 }
 
+/// One that its turns are seen of.
+fn start(bare: bool, keys: usize) -> Server {
+    let server = options(bare, keys).start();
+    let turns = server.folder.path().join("data/turns");
+    assert!(turns.exists(), "nothing tells of the server's turns");
+    server
+}
+
 /// A server with the pool's module, or without it and anything in it.
 fn options(bare: bool, keys: usize) -> Options {
     let names: Vec<String> = (0..LENDERS).map(lender).collect();
@@ -227,8 +235,8 @@ impl Bench {
 
     /// So many account files that arrive at once, are scanned again, and go at once.
     fn account_files(&mut self) {
-        let server = options(false, 0).start();
-        let idle = options(true, 0).start();
+        let server = start(false, 0);
+        let idle = start(true, 0);
         let folder = server.account_dir().join("medium");
         let aside = server.folder.path().join("aside");
         fs::rename(&folder, server.folder.path().join("lenders")).unwrap();
@@ -274,10 +282,7 @@ impl Bench {
 
     /// Makes keys and has each lend; answers the server.
     fn adding_keys(&mut self) -> Server {
-        let (server, other) = (
-            options(false, self.keys).start(),
-            options(true, self.keys).start(),
-        );
+        let (server, other) = (start(false, self.keys), start(true, self.keys));
         let mut stalls = Stalls::default();
         for round in 1..=self.rounds {
             progress(&format!(
@@ -303,7 +308,8 @@ impl Bench {
             let plain = stall_of(other.port, || {
                 let start = Instant::now();
                 let mut numbers = 0..self.keys;
-                // It is done sooner, and watched as long: then it does the same over again.
+                // It is done sooner, and watched as long: then it does the same over again, which
+                // makes no new keys.
                 while !numbers.is_empty() || start.elapsed() < took {
                     if numbers.is_empty() {
                         numbers = 0..self.keys;
@@ -324,7 +330,7 @@ impl Bench {
 
     /// A replica with all the leases becomes a primary; some keys are released, and lend.
     fn promotion(&mut self, primary: &Server) {
-        let replicas = [false, true].map(|bare| options(bare, self.keys).start());
+        let replicas = [false, true].map(|bare| start(bare, self.keys));
         let mut stalls = Stalls::default();
         let lending = self.keys.min(PROMOTED);
         for round in 1..=self.rounds {
@@ -362,7 +368,7 @@ impl Bench {
 
     /// The view is made anew beside the one in use.
     fn repair(&mut self, server: &Server) {
-        let idle = options(true, 0).start();
+        let idle = start(true, 0);
         let mut stalls = Stalls::default();
         for round in 1..=self.rounds {
             progress(&format!("stalls: repair {round} of {}", self.rounds));
@@ -376,7 +382,7 @@ impl Bench {
 
     /// The keyspace is new to the module: another database's, or the module is loaded.
     fn reading(&mut self, server: &Server) {
-        let idle = options(true, 0).start();
+        let idle = start(true, 0);
         let [mut swaps, mut loads] = [(); 2].map(|()| Stalls::default());
         for round in 1..=self.rounds {
             progress(&format!("stalls: reading {round} of {}", self.rounds));

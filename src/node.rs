@@ -346,24 +346,32 @@ fn take_in_news(ctx: &Context) -> Result<bool, Failure> {
     Ok(more)
 }
 
+/// Holders told of one by one at once; it is quicker to tell of all than of more. More than
+/// a portion of news is of, where accounts have the two slots that they have by default.
+const TOLD_LIMIT: usize = 256;
+
 /// Has whoever remembers leases of the accounts that there is news of ask for them again:
 /// a token is in no key of Redis's.
 fn tell_of(ctx: &Context, news: &[Arrival]) {
-    // What a view that isn't ready says of them may be wrong, and of very many it is quicker
-    // to say that all may have changed.
-    let few = with(|node| {
-        let changes = news.iter().filter_map(|news| match news {
-            Arrival::Change(change) => Some(change.key()),
-            Arrival::Looked(_) => None,
-        });
+    let changes = news.iter().filter_map(|news| match news {
+        Arrival::Change(change) => Some(change.key()),
+        Arrival::Looked(_) => None,
+    });
+    let mut changes = changes.peekable();
+    if changes.peek().is_none() {
+        return;
+    }
+    let holders = with(|node| {
         let holders = changes.flat_map(|(tier, name)| node.pool.holders(tier, name));
         let names: Vec<String> = holders
-            .take(SETTLE_LIMIT + 1)
+            .take(TOLD_LIMIT + 1)
             .map(|key| PoolKey::Rotation(key).name())
             .collect();
-        (is_ready() && names.len() <= SETTLE_LIMIT).then_some(names)
+        // One that is to be made anew may know too few.
+        let is_sure = is_ready() && node.rebuild.is_none();
+        (is_sure && names.len() <= TOLD_LIMIT).then_some(names)
     });
-    match few {
+    match holders {
         Ok(Some(names)) => names.iter().for_each(|name| store::signal(ctx, name)),
         _ => store::signal_all(ctx),
     }

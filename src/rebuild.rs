@@ -212,7 +212,14 @@ pub(crate) fn go_on(ctx: &Context, settled: &Result<Turn, Failure>, asked: bool)
             }
             return;
         }
-        (Ok(Some(true)), Ok(Turn::Done)) => return finish(Ok(())),
+        (Ok(Some(true)), Ok(Turn::Done)) => {
+            // What a view doesn't know it has told nobody of.
+            let was_wrong = |rebuild: &Rebuild| rebuild.repaired.view > 0;
+            if let Ok(true) = node::with(|node| node.rebuild.as_ref().is_some_and(was_wrong)) {
+                store::signal_all(ctx);
+            }
+            return finish(Ok(()));
+        }
         (Ok(Some(true)), Err(failure)) => return finish(Err(failure.clone())),
     }
     ffi::ring();

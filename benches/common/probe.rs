@@ -97,10 +97,15 @@ fn ping(stream: &TcpStream, stop: &AtomicBool, longest: &mut Stall) {
             ..Stall::default()
         });
     }
-    longest.keep_longest(turns.map(|turns| turns.longest()).unwrap_or_default());
+    if let Some(turns) = turns {
+        // Once this is answered, the turn of the last reply is over.
+        (&mut { stream }).write_all(b"PING\r\n").unwrap();
+        replies.read_until(b'\n', &mut line).unwrap();
+        longest.keep_longest(turns.longest());
+    }
 }
 
-/// The longest turns from when this is made on.
+/// The longest turns from when this is made on: not what a load begins with.
 struct Turns(File);
 
 impl Turns {

@@ -23,6 +23,9 @@ pub const NAMES: [&str; 2] = ["client_keys:", "key_rotation:"];
 const MOST: usize = 100_000;
 /// How often room is made among them: each of them is looked at for that.
 const SWEEP: Duration = Duration::from_secs(1);
+/// What Redis tells may be held up by as much as this, in bytes, that has not been read: then
+/// not all that it has told has come.
+const HELD_UP: usize = 32 << 10;
 /// How long a question keeps others from being asked for the same: it may be given up.
 const QUESTION: Duration = Duration::from_secs(1);
 
@@ -44,6 +47,8 @@ struct Inner {
     in_part: bool,
     /// How often all that had come has been read.
     readings: u64,
+    /// The last time it was so much that more may have been held up by it.
+    held_up: bool,
     /// Those who wait for the next time.
     waiting: Vec<Waker>,
     tickets: u64,
@@ -124,16 +129,17 @@ impl Known {
         self.begin(None);
     }
 
-    /// What had come on the connection has been read, if anything has, and what it told
-    /// taken in.
-    pub fn caught_up(&self, has_read: bool) {
+    /// All that had come on the connection has been read, so many bytes, and what it told
+    /// taken in. Nobody may have looked since the last of it was read: this is for one thread.
+    pub fn caught_up(&self, bytes: usize) {
         if !self.is_wanted() {
             return;
         }
         let mut inner = self.inner();
         // What has come may be of TLS alone, in which there is nothing to read.
-        if has_read || !inner.waiting.is_empty() && inner.is_silent() {
+        if bytes > 0 || !inner.waiting.is_empty() && inner.is_silent() {
             inner.readings += 1;
+            inner.held_up = bytes >= HELD_UP;
             let waiting = mem::take(&mut inner.waiting);
             drop(inner);
             waiting.into_iter().for_each(Waker::wake);
@@ -162,21 +168,15 @@ impl Known {
 
     /// The lease of a key at `now`, which is `clock` in unix ms.
     pub fn look(&self, key: &str, now: Instant, clock: i64) -> Look {
-        self.look_if(key, now, clock, Inner::is_silent)
+        self.look_at(key, now, clock, false)
     }
 
-    /// The same for one who has caught up since it was asked for the lease.
+    /// The same for one who has caught up just now.
     pub fn look_again(&self, key: &str, now: Instant, clock: i64) -> Look {
-        self.look_if(key, now, clock, |_| true)
+        self.look_at(key, now, clock, true)
     }
 
-    fn look_if(
-        &self,
-        key: &str,
-        now: Instant,
-        clock: i64,
-        is_read: impl FnOnce(&Inner) -> bool,
-    ) -> Look {
+    fn look_at(&self, key: &str, now: Instant, clock: i64, again: bool) -> Look {
         let span = self.span;
         let mut inner = self.inner();
         if inner.line.is_none() {
@@ -188,10 +188,10 @@ impl Known {
         let age = now.saturating_duration_since(entry.since);
         let of_use = match &entry.kind {
             Kind::Lease { grant, end } if age < span && clock < *end => {
-                return if inner.in_part {
+                return if inner.in_part || again && inner.held_up {
                     // Nobody knows when the rest comes.
                     Look::Ask
-                } else if is_read(&inner) {
+                } else if again || inner.is_silent() {
                     Look::Lease(grant.clone())
                 } else {
                     // Were Redis asked instead, its answer would have the next one ask, too.
@@ -470,7 +470,7 @@ pub mod tests {
         let behind = behind(&known, "y", now);
         let read = known.inner().line.as_mut().unwrap().read(&mut [0; 9]);
         assert_eq!(read.unwrap(), 1);
-        known.caught_up(true);
+        known.caught_up(1);
         assert!(is_over(known.catch_up(behind)));
         assert!(is_known(&known, "y", now), "it was nothing of its own");
         known.end();
@@ -502,21 +502,23 @@ pub mod tests {
         let before = behind(&known, "k", now);
         let mut wait = pin!(known.catch_up(before));
         assert!(!is_over(wait.as_mut()));
-        known.caught_up(false);
+        known.caught_up(0);
         assert!(!is_over(wait.as_mut()), "it has not been read");
-        known.caught_up(true);
+        known.caught_up(1);
         assert!(is_over(wait));
         // What has come since is none of those who have waited.
         assert!(matches!(known.look_again("k", now, 5), Look::Lease(_)));
         known.in_part(true);
         assert!(matches!(known.look_again("k", now, 5), Look::Ask));
         known.in_part(false);
+        known.caught_up(HELD_UP);
+        assert!(matches!(known.look_again("k", now, 5), Look::Ask));
         let before = behind(&known, "k", now);
         let mut wait = pin!(known.catch_up(before));
         assert!(!is_over(wait.as_mut()));
         let read = known.inner().line.as_mut().unwrap().read(&mut [0; 9]);
         assert_eq!(read.unwrap(), 1);
-        known.caught_up(false);
+        known.caught_up(0);
         assert!(is_over(wait), "there was nothing in it to be told of");
         far.write_all(b">").unwrap();
         let before = behind(&known, "k", now);

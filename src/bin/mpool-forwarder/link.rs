@@ -273,6 +273,7 @@ impl<S: Fn(Event) + Send + Sync + 'static> Keeper<S> {
             heard: Instant::now(),
             silence: Patience::new(),
             answered: false,
+            read: 0,
             known: Arc::clone(&self.known),
         };
         // Redis may have told of changes already.
@@ -334,6 +335,8 @@ struct Talk {
     /// For anything at all.
     silence: Patience,
     answered: bool,
+    /// Bytes since all that had come was read.
+    read: usize,
     known: Arc<Known>,
 }
 
@@ -413,7 +416,6 @@ impl Talk {
     }
 
     fn read(&mut self, cx: &mut Context<'_>) -> Result<(), End> {
-        let mut has_read = false;
         loop {
             let Line { stream, came } = &mut self.line;
             // A long message is looked at from its beginning each time: in few steps.
@@ -421,16 +423,15 @@ impl Talk {
             let reading = std::pin::pin!(stream.read_buf(came));
             match reading.poll(cx) {
                 Poll::Ready(Ok(0)) => return Err(End::Broke),
-                Poll::Ready(read) => drop(read?),
+                Poll::Ready(read) => self.read += read?,
                 Poll::Pending => {
                     // Or else this task has had its turn, and goes on in the next.
                     if coop::has_budget_remaining() {
-                        self.known.caught_up(has_read);
+                        self.known.caught_up(std::mem::take(&mut self.read));
                     }
                     return Ok(());
                 }
             }
-            has_read = true;
             self.heard = Instant::now();
             self.take_in()?;
         }
@@ -643,6 +644,7 @@ mod tests {
             heard: Instant::now(),
             silence: Patience::new(),
             answered: false,
+            read: 0,
             known: Arc::new(known),
         };
         (talk, far.unwrap().0)

@@ -178,7 +178,7 @@ impl Proxy {
             return Err(Code::BodyTooLarge.into());
         }
         let key: Box<str> = lender::client_key(key).ok_or(Code::NoKey)?.into();
-        // Not read twice: a look takes no time.
+        // The clock is not read for a look: it takes no time.
         let mut at = report.started();
         let mut look = self.lender.look(&key, at);
         if let Look::Behind(behind) = look {
@@ -192,7 +192,7 @@ impl Proxy {
                 (grant, at)
             }
             look => {
-                let grant = self.acquire(&key, look, report.started()).await?;
+                let grant = self.acquire(&key, look, at).await?;
                 (grant, Instant::now())
             }
         };
