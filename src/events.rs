@@ -54,6 +54,11 @@ pub(crate) fn swapped(ctx: &Context) {
     let _ = rebuild::renew(ctx, Files::InPortions);
 }
 
+/// The server's cron has come round, ten times a second unless it is told otherwise (`hz`).
+pub(crate) fn time_has_passed(ctx: &Context) {
+    node::tell_of_ends(ctx);
+}
+
 fn role_changed(ctx: &Context, role: ServerRole) {
     ffi::guarded("the role event", || {
         // Those who remember leases are to find out who the primary is.

@@ -920,6 +920,9 @@ unsafe extern "C" fn on_cron(
     _subevent: u64,
     _data: *mut c_void,
 ) {
+    guarded("the cron event", || {
+        crate::events::time_has_passed(&Context::new(ctx))
+    });
     let timer = TURN_AHEAD.load(Ordering::Relaxed);
     if timer == 0 {
         return;

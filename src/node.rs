@@ -6,12 +6,12 @@ use crate::accounts::{Change, Watcher};
 use crate::background;
 use crate::errors::{CODES, Failure};
 use crate::ffi;
-use crate::pool::{Choice, Effect, File, Pool, State, Tier};
+use crate::pool::{AccountId, Choice, Effect, File, Pool, State, Tier};
 use crate::rebuild::{self, Files, Rebuild};
 use crate::store::{self, Observation, PoolKey};
 use redis_module::{Context, ContextFlags};
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU8, Ordering};
 use std::sync::{Mutex, PoisonError, TryLockError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -346,32 +346,64 @@ fn take_in_news(ctx: &Context) -> Result<bool, Failure> {
     Ok(more)
 }
 
-/// Holders told of one by one at once; it is quicker to tell of all than of more. More than
-/// a portion of news is of, where accounts have the two slots that they have by default.
+/// Accounts, and holders of theirs, told of one by one at once; it is quicker to tell of all
+/// than of more. More than a portion of news is of, where accounts have two slots.
 const TOLD_LIMIT: usize = 256;
+/// Until when those whose tokens have ended have been told of, by this server's clock, in
+/// unix ms.
+static TOLD_UNTIL: AtomicI64 = AtomicI64::new(i64::MAX);
 
-/// Has whoever remembers leases of the accounts that there is news of ask for them again:
-/// a token is in no key of Redis's.
+/// Has whoever remembers leases of accounts ask for them again when their files say
+/// something else: a token is in no key of Redis's.
 fn tell_of(ctx: &Context, news: &[Arrival]) {
     let changes = news.iter().filter_map(|news| match news {
         Arrival::Change(change) => Some(change.key()),
         Arrival::Looked(_) => None,
     });
     let mut changes = changes.peekable();
-    if changes.peek().is_none() {
+    if changes.peek().is_some() {
+        signal_holders(ctx, |pool| {
+            let ids = changes.filter_map(|(tier, name)| pool.find_account(tier, name));
+            ids.collect()
+        });
+    }
+}
+
+/// The same where tokens have ended since the last time.
+pub(crate) fn tell_of_ends(ctx: &Context) {
+    if !is_ready() {
         return;
     }
-    let holders = with(|node| {
-        let holders = changes.flat_map(|(tier, name)| node.pool.holders(tier, name));
+    let now = clock();
+    let from = TOLD_UNTIL.swap(now, Ordering::Relaxed);
+    let ended = with(|node| {
+        let ended = node.pool.ended(from, now);
+        ended.take(TOLD_LIMIT + 1).collect::<Vec<_>>()
+    });
+    // Mostly there are none.
+    if let Ok(ended) = ended
+        && !ended.is_empty()
+    {
+        signal_holders(ctx, |_| ended);
+    }
+}
+
+/// Has Redis tell those who track the leases of the accounts' holders that they have changed,
+/// or all leases where that is not sure to be told of each.
+fn signal_holders(ctx: &Context, accounts: impl FnOnce(&Pool) -> Vec<AccountId>) {
+    let names = with(|node| {
+        let accounts = accounts(&node.pool);
+        let holders = accounts.iter().flat_map(|&id| node.pool.holders(id));
         let names: Vec<String> = holders
             .take(TOLD_LIMIT + 1)
             .map(|key| PoolKey::Rotation(key).name())
             .collect();
-        // One that is to be made anew may know too few.
+        // A view that is made anew may know too few.
         let is_sure = is_ready() && node.rebuild.is_none();
-        (is_sure && names.len() <= TOLD_LIMIT).then_some(names)
+        let few = accounts.len().max(names.len()) <= TOLD_LIMIT;
+        (is_sure && few).then_some(names)
     });
-    match holders {
+    match names {
         Ok(Some(names)) => names.iter().for_each(|name| store::signal(ctx, name)),
         _ => store::signal_all(ctx),
     }

@@ -2321,7 +2321,7 @@ fn write_token(stage: &Stage<Upstream>, account: &str) {
 fn a_known_lease_ends_with_what_it_rests_on() {
     type Change = fn(&Stage<Upstream>, &mut support::Client, &str);
     // What is changed, and the code that follows; none: another account.
-    let changes: [(&str, Change, Option<&str>); 14] = [
+    let changes: [(&str, Change, Option<&str>); 15] = [
         (
             "revoked",
             |_, redis, key| redis.ok(&["MPOOL.REVOKE", key]),
@@ -2393,6 +2393,23 @@ fn a_known_lease_ends_with_what_it_rests_on() {
             |stage, redis, key| {
                 write_token(stage, &redis.holds(key).unwrap());
                 redis.ok(&["MPOOL.RELOAD"]);
+            },
+            None,
+        ),
+        (
+            "its account's token ends, as its file has said",
+            |stage, redis, key| {
+                let account = redis.holds(key).unwrap();
+                let end = unix_ms() + 500;
+                let text =
+                    format!(r#"{{"access_token": "token-of-{account}", "expires_at": {end}}}"#);
+                let file = format!("medium/{account}");
+                stage.server.write_account(&file, &text);
+                redis.ok(&["MPOOL.RELOAD"]);
+                make_known(&stage.server, &mut stage.client(), key);
+                while unix_ms() < end {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
             },
             None,
         ),

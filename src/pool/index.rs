@@ -5,7 +5,7 @@
 use super::account::Class;
 use super::{Account, AccountId, File, Item, KeyId, MAX_CAPACITY, Pool, Tier};
 use std::collections::BTreeSet;
-use std::ops::Bound;
+use std::ops::{Bound, RangeBounds};
 
 /// What one tier's accounts amount to, at the pool's horizon.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -114,11 +114,7 @@ impl TierIndex {
 
     /// The accounts whose class may differ between two instants.
     fn crossed(&self, from: i64, to: i64) -> Vec<AccountId> {
-        let (low, high) = (from.min(to), from.max(to));
-        let range = (
-            Bound::Excluded((low, AccountId::LAST)),
-            Bound::Included((high, AccountId::LAST)),
-        );
+        let range = after_until(from.min(to), from.max(to));
         let ends = self.cooldowns.range(range);
         ends.chain(self.expiries.range(range))
             .map(|&(_, id)| id)
@@ -126,7 +122,26 @@ impl TierIndex {
     }
 }
 
+/// All that ends after the one instant and until the other.
+fn after_until(from: i64, to: i64) -> impl RangeBounds<(i64, AccountId)> + Copy {
+    let until = (to.max(from), AccountId::LAST);
+    (
+        Bound::Excluded((from, AccountId::LAST)),
+        Bound::Included(until),
+    )
+}
+
 impl Pool {
+    /// The accounts whose tokens end after the one instant and until the other.
+    pub(crate) fn ended(&self, from: i64, to: i64) -> impl Iterator<Item = AccountId> {
+        let range = after_until(from, to);
+        let ends = self
+            .tiers
+            .iter()
+            .flat_map(move |tier| tier.expiries.range(range));
+        ends.map(|&(_, id)| id)
+    }
+
     /// Sorts accounts into lendable and not as of `now`. Costs as much as there
     /// are accounts whose class changes between the last such instant and this.
     pub(super) fn advance(&mut self, now: i64) {

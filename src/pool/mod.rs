@@ -231,13 +231,10 @@ impl Pool {
             .filter_map(|(slot, _)| AccountId::new(slot))
     }
 
-    /// The client keys that hold a slot of an account, in no order; none of one that
-    /// the pool doesn't know.
-    pub(crate) fn holders(&self, tier: Tier, name: &str) -> impl Iterator<Item = &str> {
-        let account = self
-            .find_account(tier, name)
-            .and_then(|id| self.account(id));
-        let holders = account.into_iter().flat_map(|account| &account.holders);
+    /// The client keys that hold a slot of an account, in no order.
+    pub(crate) fn holders(&self, id: AccountId) -> impl Iterator<Item = &str> {
+        let account = self.account(id).into_iter();
+        let holders = account.flat_map(|account| &account.holders);
         holders.filter_map(|&id| self.key(id).map(|key| &*key.name))
     }
 

@@ -72,6 +72,27 @@ impl World {
 }
 
 #[test]
+fn tokens_end_once_in_any_course_of_time() {
+    let mut world = world(&["endless"], &[]);
+    for (account, end) in [("a", 10), ("b", 20), ("c", 20)] {
+        let file = credential(Some(end));
+        world.set_file(Tier::Medium, account, Some(Some(file)));
+    }
+    for (from, to, expected) in [
+        (8, 9, &[][..]),
+        (9, 10, &["a"]),
+        (10, 19, &[]),
+        (0, 20, &["a", "b", "c"]),
+        (20, 9, &[]),
+        (i64::MAX, 20, &[]),
+    ] {
+        let ended = world.pool.ended(from, to);
+        let names: Vec<&str> = ended.filter_map(|id| world.pool.account_name(id)).collect();
+        assert_eq!(names, expected, "{from} to {to}");
+    }
+}
+
+#[test]
 fn the_least_used_account_is_chosen() {
     let mut world = world(&["a", "b"], &["1", "2", "3", "4", "5"]);
     let first = world.get("1", 0).0;

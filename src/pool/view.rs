@@ -392,7 +392,8 @@ impl Pool {
         Some(id)
     }
 
-    pub(super) fn find_account(&self, tier: Tier, name: &str) -> Option<AccountId> {
+    /// The account of that name, if the pool knows it.
+    pub(crate) fn find_account(&self, tier: Tier, name: &str) -> Option<AccountId> {
         let bears = |&id: &AccountId| {
             let account = self.account(id);
             account.is_some_and(|account| account.tier == tier && account.name.is(name.as_bytes()))

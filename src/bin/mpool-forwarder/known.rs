@@ -2,8 +2,8 @@
 //! connection of any change to a key that a lease rests on
 //! (client-side caching in its broadcasting mode, <https://redis.io/docs/latest/develop/reference/client-side-caching/>),
 //! and has told of none. The module has Redis tell of what is no change of keys: another
-//! database, a new token in a file. A lease is used so for a bounded time all the same,
-//! as nobody tells when an account's token ends.
+//! database, a new token in a file, a token's end. A lease is used so for a bounded time all
+//! the same: what nobody has thought of ends with that.
 
 use crate::lender::{Grant, State};
 use hashbrown::HashMap;
