@@ -32,6 +32,8 @@ const LENDERS: usize = 1_000;
 const PROMOTED: usize = 1_000;
 /// Keys between two looks at the clock.
 const PORTION: usize = 1_000;
+/// No writes.
+const NOTHING: [Vec<u8>; 0] = [];
 /// How long the server is watched after what happens at once.
 const AFTERMATH: Duration = Duration::from_secs(1);
 /// How long anything may take with so many keys.
@@ -262,17 +264,31 @@ impl Bench {
                 "stalls: account files, round {round} of {}",
                 self.rounds
             ));
-            both(&server, &idle, &mut arrival, || {
+            let slots = |words: &[&str], number: usize| {
+                let name = format!("medium_pool:slots:account-{number:06}");
+                pack(&[&words[..1], &[&name], &words[1..]].concat())
+            };
+            let makes = (0..self.accounts).map(|number| slots(&["SET", "0"], number));
+            let drops = (0..self.accounts).map(|number| slots(&["DEL"], number));
+            let arrive = || {
                 fs::remove_dir(&folder).unwrap();
                 fs::rename(&aside, &folder).unwrap();
                 count(self.accounts);
-            });
-            both(&server, &idle, &mut rescan, || count(self.accounts));
-            both(&server, &idle, &mut leaving, || {
+            };
+            both(&server, &idle, &mut arrival, arrive, makes);
+            both(
+                &server,
+                &idle,
+                &mut rescan,
+                || count(self.accounts),
+                NOTHING,
+            );
+            let leave = || {
                 fs::rename(&folder, &aside).unwrap();
                 fs::create_dir(&folder).unwrap();
                 count(0);
-            });
+            };
+            both(&server, &idle, &mut leaving, leave, drops);
         }
         let files = self.accounts;
         self.report(&format!("{files} account files arrive at once"), &arrival);
@@ -372,9 +388,8 @@ impl Bench {
         let mut stalls = Stalls::default();
         for round in 1..=self.rounds {
             progress(&format!("stalls: repair {round} of {}", self.rounds));
-            both(server, &idle, &mut stalls, || {
-                server.connect().ok(&["MPOOL.REPAIR"]);
-            });
+            let repair = || server.connect().ok(&["MPOOL.REPAIR"]);
+            both(server, &idle, &mut stalls, repair, NOTHING);
         }
         let what = format!("MPOOL.REPAIR with {} leases", self.keys);
         self.report(&what, &stalls);
@@ -390,16 +405,18 @@ impl Bench {
             client.ok(&["SWAPDB", "0", "1"]);
             client.wait_until_ready();
             sleep(AFTERMATH);
-            both(server, &idle, &mut swaps, || {
+            let swap = || {
                 client.ok(&["SWAPDB", "0", "1"]);
                 client.wait_until_ready();
-            });
+            };
+            both(server, &idle, &mut swaps, swap, NOTHING);
             server.connect().unload();
-            both(server, &idle, &mut loads, || {
+            let load = || {
                 let mut client = server.connect();
                 client.load(server);
                 client.wait_until_ready();
-            });
+            };
+            both(server, &idle, &mut loads, load, NOTHING);
         }
         let keys = self.keys;
         self.report(&format!("SWAPDB to {keys} leases"), &swaps);
@@ -467,12 +484,25 @@ impl Bench {
     }
 }
 
-/// Does the work with the probe at the server, and lets it watch the idle one as long.
-fn both(server: &Server, idle: &Server, stalls: &mut Stalls, work: impl FnOnce()) {
+/// Does the work with the probe at the server; then lets it watch the other one as long, which
+/// does those writes.
+fn both(
+    server: &Server,
+    other: &Server,
+    stalls: &mut Stalls,
+    work: impl FnOnce(),
+    writes: impl IntoIterator<Item = Vec<u8>>,
+) {
     let start = Instant::now();
     stalls.add(0, stall_of(server.port, work));
     let took = start.elapsed();
-    stalls.add(1, stall_of(idle.port, || sleep(took)));
+    let mut link = Link::open(other.port);
+    let plain = stall_of(other.port, || {
+        let start = Instant::now();
+        link.run(writes);
+        sleep(took.saturating_sub(start.elapsed()));
+    });
+    stalls.add(1, plain);
 }
 
 /// How long the latest load took, in s, as the server's log has it.
