@@ -265,17 +265,7 @@ impl<S: Fn(Event) + Send + Sync + 'static> Keeper<S> {
 
     /// Asks and answers until the connection breaks. Says whether it was of any use.
     async fn converse(&mut self, line: Line) -> (Over, bool) {
-        let mut talk = Talk {
-            line,
-            out: BytesMut::new(),
-            asked: VecDeque::new(),
-            patience: Patience::new(),
-            heard: Instant::now(),
-            silence: Patience::new(),
-            answered: false,
-            read: 0,
-            known: Arc::clone(&self.known),
-        };
+        let mut talk = Talk::new(line, Arc::clone(&self.known));
         // Redis may have told of changes already.
         let begun = talk.take_in();
         let asked_before: Vec<Question> = self.pending.drain(..).collect();
@@ -341,6 +331,20 @@ struct Talk {
 }
 
 impl Talk {
+    fn new(line: Line, known: Arc<Known>) -> Self {
+        Self {
+            line,
+            out: BytesMut::new(),
+            asked: VecDeque::new(),
+            patience: Patience::new(),
+            heard: Instant::now(),
+            silence: Patience::new(),
+            answered: false,
+            read: 0,
+            known,
+        }
+    }
+
     fn put(&mut self, question: Question) {
         if question.is_wanted() {
             self.out.extend_from_slice(&question.command);
@@ -633,20 +637,11 @@ mod tests {
         let known = Known::new(Duration::from_secs(3600));
         let socket = here.as_fd().try_clone_to_owned().unwrap();
         known.begin(Some(socket.into()));
-        let talk = Talk {
-            line: Line {
-                stream: Box::new(here),
-                came: BytesMut::new(),
-            },
-            out: BytesMut::new(),
-            asked: VecDeque::new(),
-            patience: Patience::new(),
-            heard: Instant::now(),
-            silence: Patience::new(),
-            answered: false,
-            read: 0,
-            known: Arc::new(known),
+        let line = Line {
+            stream: Box::new(here),
+            came: BytesMut::new(),
         };
+        let talk = Talk::new(line, Arc::new(known));
         (talk, far.unwrap().0)
     }
 
