@@ -57,8 +57,12 @@ fn client_key(number: usize) -> String {
     format!("sk-cli-v1-{:064x}", mix(number as u64))
 }
 
+fn account(number: usize) -> String {
+    format!("account-{number:06}")
+}
+
 fn lender(number: usize) -> String {
-    format!("account-{:06}", number % LENDERS)
+    account(number % LENDERS)
 }
 
 /// A record with the fields of MPOOL.KEYGEN's, as long as those, and a lease that
@@ -105,7 +109,11 @@ fn plain_release(key: &str, number: usize) -> [Vec<u8>; 3] {
 }
 
 fn plain_slots(account: &str) -> Vec<u8> {
-    pack(&["SET", &format!("medium_pool:slots:{account}"), "1"])
+    pack(&["SET", &slots_key(account), "1"])
+}
+
+fn slots_key(account: &str) -> String {
+    format!("medium_pool:slots:{account}")
 }
 
 /// What is preloaded into the servers.
@@ -244,7 +252,7 @@ impl Bench {
         fs::rename(&folder, server.folder.path().join("lenders")).unwrap();
         fs::create_dir(&aside).unwrap();
         for number in 0..self.accounts {
-            let name = format!("account-{number:06}");
+            let name = account(number);
             fs::write(aside.join(&name).with_extension("json"), bearer(&name)).unwrap();
         }
         fs::create_dir(&folder).unwrap();
@@ -264,12 +272,9 @@ impl Bench {
                 "stalls: account files, round {round} of {}",
                 self.rounds
             ));
-            let slots = |words: &[&str], number: usize| {
-                let name = format!("medium_pool:slots:account-{number:06}");
-                pack(&[&words[..1], &[&name], &words[1..]].concat())
-            };
-            let makes = (0..self.accounts).map(|number| slots(&["SET", "0"], number));
-            let drops = (0..self.accounts).map(|number| slots(&["DEL"], number));
+            let makes = (0..self.accounts).map(|number| plain_slots(&account(number)));
+            let drops =
+                (0..self.accounts).map(|number| pack(&["DEL", &slots_key(&account(number))]));
             let arrive = || {
                 fs::remove_dir(&folder).unwrap();
                 fs::rename(&aside, &folder).unwrap();
