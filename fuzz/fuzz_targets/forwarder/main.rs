@@ -52,6 +52,8 @@ mod resp;
 mod rooms;
 #[path = "../../../src/bin/mpool-forwarder/server.rs"]
 mod server;
+#[path = "../../../src/bin/mpool-forwarder/socket_watch.rs"]
+mod socket_watch;
 #[path = "../../../src/bin/mpool-forwarder/tries.rs"]
 mod tries;
 #[path = "../../../src/bin/mpool-forwarder/upload.rs"]

@@ -6,12 +6,11 @@
 //! the same: what nobody has thought of ends with that.
 
 use crate::lender::{Grant, State};
+use crate::socket_watch::SocketWatch;
 use hashbrown::HashMap;
 use redis::Value;
 use std::future::poll_fn;
-use std::io::ErrorKind;
 use std::mem;
-use std::net::TcpStream;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
@@ -42,7 +41,7 @@ struct Inner {
     keys: HashMap<Box<str>, Entry>,
     /// The connection's socket, to see whether something has come on it. None
     /// while Redis tells nothing.
-    line: Option<TcpStream>,
+    line: Option<SocketWatch>,
     /// A message of Redis's has come in part.
     in_part: bool,
     /// How often all that had come has been read.
@@ -119,7 +118,7 @@ impl Known {
     }
 
     /// Redis tells of changes from now on, over a connection with this socket.
-    pub fn begin(&self, line: Option<TcpStream>) {
+    pub fn begin(&self, line: Option<SocketWatch>) {
         let waiting = self.inner().restart(line);
         waiting.into_iter().for_each(Waker::wake);
     }
@@ -300,7 +299,7 @@ impl Known {
 
 impl Inner {
     /// Answers who has waited.
-    fn restart(&mut self, line: Option<TcpStream>) -> Vec<Waker> {
+    fn restart(&mut self, line: Option<SocketWatch>) -> Vec<Waker> {
         let former = mem::take(self);
         *self = Self {
             line,
@@ -337,11 +336,7 @@ impl Inner {
     /// Whether nothing has come on the connection that has not been read: what
     /// Redis has told counts from when it has been sent.
     fn is_silent(&self) -> bool {
-        let silence = |line: &TcpStream| {
-            let peeked = line.peek(&mut [0]);
-            peeked.is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
-        };
-        self.line.as_ref().is_some_and(silence)
+        self.line.as_ref().is_some_and(SocketWatch::is_silent)
     }
 
     /// Whether there is room for another key, if need be in the place of what is too old.
@@ -363,7 +358,7 @@ pub mod tests {
     use crate::lender::Lease;
     use hyper::header::HeaderValue;
     use std::io::{Read, Write};
-    use std::net::TcpListener;
+    use std::net::{TcpListener, TcpStream};
     use std::pin::pin;
     use std::sync::Arc;
     use std::task::Context;
@@ -385,14 +380,15 @@ pub mod tests {
         }
     }
 
-    /// A line on which nothing has come, and the other end of it.
-    fn line() -> (Known, TcpStream) {
+    /// What is known over a connection on which nothing has come, its end here, and the other.
+    fn line() -> (Known, TcpStream, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let here = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         here.set_nonblocking(true).unwrap();
         let known = Known::new(SPAN);
-        known.begin(Some(here));
-        (known, listener.accept().unwrap().0)
+        let watch = SocketWatch::new(here.try_clone().unwrap().into());
+        known.begin(Some(watch.unwrap()));
+        (known, here, listener.accept().unwrap().0)
     }
 
     fn track(known: &Known, key: &str, now: Instant) -> Ticket {
@@ -422,7 +418,7 @@ pub mod tests {
     #[test]
     fn a_lease_is_known_until_something_speaks_against_it() {
         let now = Instant::now();
-        let (known, mut far) = line();
+        let (known, mut here, mut far) = line();
         let told = |names: &str| known.told(names.as_bytes());
         learn(&known, "k", now);
         assert!(is_known(&known, "k", now + SPAN - Duration::from_millis(1)));
@@ -468,8 +464,7 @@ pub mod tests {
         learn(&known, "y", now);
         far.write_all(b">").unwrap();
         let behind = behind(&known, "y", now);
-        let read = known.inner().line.as_mut().unwrap().read(&mut [0; 9]);
-        assert_eq!(read.unwrap(), 1);
+        assert_eq!(here.read(&mut [0; 9]).unwrap(), 1);
         known.caught_up(1);
         assert!(is_over(known.catch_up(behind)));
         assert!(is_known(&known, "y", now), "it was nothing of its own");
@@ -496,7 +491,7 @@ pub mod tests {
     #[test]
     fn a_lease_waits_for_what_has_come_to_be_read() {
         let now = Instant::now();
-        let (known, mut far) = line();
+        let (known, mut here, mut far) = line();
         learn(&known, "k", now);
         far.write_all(b">").unwrap();
         let before = behind(&known, "k", now);
@@ -516,8 +511,7 @@ pub mod tests {
         let before = behind(&known, "k", now);
         let mut wait = pin!(known.catch_up(before));
         assert!(!is_over(wait.as_mut()));
-        let read = known.inner().line.as_mut().unwrap().read(&mut [0; 9]);
-        assert_eq!(read.unwrap(), 1);
+        assert_eq!(here.read(&mut [0; 9]).unwrap(), 1);
         known.caught_up(0);
         assert!(is_over(wait), "there was nothing in it to be told of");
         far.write_all(b">").unwrap();
@@ -539,7 +533,7 @@ pub mod tests {
     #[test]
     fn a_key_is_met_by_what_it_is_granted() {
         let now = Instant::now();
-        let (known, _far) = line();
+        let (known, _here, _far) = line();
         let asks = |key: &str| matches!(known.look(key, now, 5), Look::Ask);
         // Nobody can fill the memory with keys that there are not.
         for state in [State::Bound, State::Grace] {
@@ -561,7 +555,7 @@ pub mod tests {
     #[test]
     fn an_answer_that_was_overtaken_is_not_learned() {
         let now = Instant::now();
-        let (known, _far) = line();
+        let (known, _here, _far) = line();
         let ticket = || {
             known.forget("k");
             meet(&known, "k", now)
@@ -584,10 +578,10 @@ pub mod tests {
     #[test]
     fn an_answer_by_a_former_connection_is_not_learned() {
         let now = Instant::now();
-        let (known, far) = line();
+        let (known, _here, far) = line();
         let former = meet(&known, "k", now);
         known.end();
-        known.begin(Some(far));
+        known.begin(SocketWatch::new(far.into()).ok());
         let _own = meet(&known, "k", now);
         known.learn("k", former, &grant(State::Current), i64::MAX, 5);
         assert!(!is_known(&known, "k", now));
@@ -596,7 +590,7 @@ pub mod tests {
     #[test]
     fn a_crowd_of_keys_has_its_bound() {
         let now = Instant::now();
-        let (known, _far) = line();
+        let (known, _here, _far) = line();
         for number in 0..MOST + 10 {
             known.meet(&number.to_string(), now, &grant(State::Current));
         }

@@ -8,6 +8,7 @@ use crate::known::{self, Known};
 use crate::lender::bytes_of;
 use crate::patience::Patience;
 use crate::resp;
+use crate::socket_watch::SocketWatch;
 use bytes::{Buf, Bytes, BytesMut};
 use redis::Value;
 use std::collections::VecDeque;
@@ -519,7 +520,10 @@ async fn open(
         _ => "the connection can't be made",
     })?;
     let _ = stream.set_nodelay(true);
-    let socket = stream.as_fd().try_clone_to_owned();
+    let watch = stream
+        .as_fd()
+        .try_clone_to_owned()
+        .and_then(SocketWatch::new);
     let stream: Box<dyn Transport> = match &target.tls {
         None => Box::new(stream),
         Some(connector) => {
@@ -560,10 +564,10 @@ async fn open(
     }
     // Nor need it be allowed to be told of changes: then every request asks.
     if known.is_wanted()
-        && let Ok(socket) = socket
+        && let Ok(watch) = watch
         && line.tells_of_changes(patience).await?
     {
-        known.begin(Some(socket.into()));
+        known.begin(Some(watch));
     }
     Ok(line)
 }
@@ -636,7 +640,7 @@ mod tests {
         let here = here.unwrap();
         let known = Known::new(Duration::from_secs(3600));
         let socket = here.as_fd().try_clone_to_owned().unwrap();
-        known.begin(Some(socket.into()));
+        known.begin(SocketWatch::new(socket).ok());
         let line = Line {
             stream: Box::new(here),
             came: BytesMut::new(),

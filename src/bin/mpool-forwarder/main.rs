@@ -5,7 +5,7 @@
 //! - [`server`]: connections and threads; [`client_io`], [`patience`]: bounds on them
 //! - [`proxy`]: the way of a request; [`headers`], [`upload`], [`relay`]: its parts
 //! - [`lender`]: what the pool says; [`known`]: what it need not be asked again;
-//!   [`link`], [`resp`]: the connection to Redis
+//!   [`link`], [`resp`], [`socket_watch`]: the connection to Redis
 //! - [`accounts`]: rules for accounts in trouble
 //! - [`upstream`]: connections and timeouts towards the API; [`base`]: its URL
 //! - [`answers`]: every answer of its own
@@ -51,6 +51,7 @@ mod report;
 mod resp;
 mod rooms;
 mod server;
+mod socket_watch;
 mod tries;
 mod upload;
 mod upstream;
