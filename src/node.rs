@@ -139,6 +139,20 @@ impl Node {
         }
     }
 
+    /// The leases of the accounts' holders, by the names of their keys, unless there are too many
+    /// or not all are sure to be known.
+    fn names_of_holders(&self, accounts: &[AccountId]) -> Option<Vec<String>> {
+        let holders = accounts.iter().flat_map(|&id| self.pool.holders(id));
+        let names: Vec<String> = holders
+            .take(TOLD_LIMIT + 1)
+            .map(|key| PoolKey::Rotation(key).name())
+            .collect();
+        // A view that is made anew may know too few.
+        let is_sure = is_ready() && self.rebuild.is_none();
+        let few = accounts.len().max(names.len()) <= TOLD_LIMIT;
+        (is_sure && few).then_some(names)
+    }
+
     /// Answers are given from that view from here on.
     fn replace(&mut self, pool: Pool) {
         rebuild::discard(std::mem::replace(&mut self.pool, pool));
@@ -362,10 +376,11 @@ fn tell_of(ctx: &Context, news: &[Arrival]) {
     });
     let mut changes = changes.peekable();
     if changes.peek().is_some() {
-        signal_holders(ctx, |pool| {
-            let ids = changes.filter_map(|(tier, name)| pool.find_account(tier, name));
-            ids.collect()
+        let names = with(|node| {
+            let ids = changes.filter_map(|(tier, name)| node.pool.find_account(tier, name));
+            node.names_of_holders(&ids.collect::<Vec<_>>())
         });
+        signal(ctx, names.ok().flatten());
     }
 }
 
@@ -376,36 +391,22 @@ pub(crate) fn tell_of_ends(ctx: &Context) {
     }
     let now = clock();
     let from = TOLD_UNTIL.swap(now, Ordering::Relaxed);
-    let ended = with(|node| {
-        let ended = node.pool.ended(from, now);
-        ended.take(TOLD_LIMIT + 1).collect::<Vec<_>>()
+    let names = with(|node| {
+        let ended: Vec<_> = node.pool.ended(from, now).take(TOLD_LIMIT + 1).collect();
+        // Mostly there are none.
+        (!ended.is_empty()).then(|| node.names_of_holders(&ended))
     });
-    // Mostly there are none.
-    if let Ok(ended) = ended
-        && !ended.is_empty()
-    {
-        signal_holders(ctx, |_| ended);
+    if let Ok(Some(names)) = names {
+        signal(ctx, names);
     }
 }
 
-/// Has Redis tell those who track the leases of the accounts' holders that they have changed,
-/// or all leases where that is not sure to be told of each.
-fn signal_holders(ctx: &Context, accounts: impl FnOnce(&Pool) -> Vec<AccountId>) {
-    let names = with(|node| {
-        let accounts = accounts(&node.pool);
-        let holders = accounts.iter().flat_map(|&id| node.pool.holders(id));
-        let names: Vec<String> = holders
-            .take(TOLD_LIMIT + 1)
-            .map(|key| PoolKey::Rotation(key).name())
-            .collect();
-        // A view that is made anew may know too few.
-        let is_sure = is_ready() && node.rebuild.is_none();
-        let few = accounts.len().max(names.len()) <= TOLD_LIMIT;
-        (is_sure && few).then_some(names)
-    });
+/// Has Redis tell those who track these leases that they have changed; all leases if there
+/// are no names.
+fn signal(ctx: &Context, names: Option<Vec<String>>) {
     match names {
-        Ok(Some(names)) => names.iter().for_each(|name| store::signal(ctx, name)),
-        _ => store::signal_all(ctx),
+        Some(names) => names.iter().for_each(|name| store::signal(ctx, name)),
+        None => store::signal_all(ctx),
     }
 }
 

@@ -82,10 +82,17 @@ pub enum Look {
     Lease(Grant),
     /// It may be known, once what has come from Redis has been read.
     Behind(Behind),
-    /// Redis is to be asked, and to tell of changes from then on.
-    Track(Ticket),
     /// Redis is to be asked.
-    Ask,
+    Ask(Question),
+}
+
+/// What Redis is to be asked.
+#[derive(Debug)]
+pub enum Question {
+    /// For the lease, this once.
+    Lease,
+    /// For the lease and until when the key is good: Redis is to tell of changes from then on.
+    Track(Ticket),
 }
 
 /// How often all had been read when something had come that had not.
@@ -118,14 +125,18 @@ impl Known {
     }
 
     /// Redis tells of changes from now on, over a connection with this socket.
-    pub fn begin(&self, line: Option<SocketWatch>) {
-        let waiting = self.inner().restart(line);
-        waiting.into_iter().for_each(Waker::wake);
+    pub fn begin(&self, line: SocketWatch) {
+        self.restart(Some(line));
     }
 
     /// It tells of none any more, or is gone, and with it all that was known.
     pub fn end(&self) {
-        self.begin(None);
+        self.restart(None);
+    }
+
+    fn restart(&self, line: Option<SocketWatch>) {
+        let waiting = self.inner().restart(line);
+        waiting.into_iter().for_each(Waker::wake);
     }
 
     /// All that had come on the connection has been read, so many bytes, and what it told
@@ -167,49 +178,29 @@ impl Known {
 
     /// The lease of a key at `now`, which is `clock` in unix ms.
     pub fn look(&self, key: &str, now: Instant, clock: i64) -> Look {
-        self.look_at(key, now, clock, false)
-    }
-
-    /// The same for one who has caught up just now.
-    pub fn look_again(&self, key: &str, now: Instant, clock: i64) -> Look {
-        self.look_at(key, now, clock, true)
-    }
-
-    fn look_at(&self, key: &str, now: Instant, clock: i64, again: bool) -> Look {
-        let span = self.span;
         let mut inner = self.inner();
-        if inner.line.is_none() {
-            return Look::Ask;
+        match inner.find(key, now, clock, self.span) {
+            Err(question) => Look::Ask(question),
+            // Nobody knows when the rest comes.
+            Ok(_) if inner.in_part => Look::Ask(Question::Lease),
+            Ok(grant) if inner.is_silent() => Look::Lease(grant),
+            // Were Redis asked instead, its answer would have the next one ask, too.
+            Ok(_) => Look::Behind(Behind(inner.readings)),
         }
-        let Some(entry) = inner.keys.get(key) else {
-            return Look::Ask;
-        };
-        let age = now.saturating_duration_since(entry.since);
-        let of_use = match &entry.kind {
-            Kind::Lease { grant, end } if age < span && clock < *end => {
-                return if inner.in_part || again && inner.held_up {
-                    // Nobody knows when the rest comes.
-                    Look::Ask
-                } else if again || inner.is_silent() {
-                    Look::Lease(grant.clone())
-                } else {
-                    // Were Redis asked instead, its answer would have the next one ask, too.
-                    Look::Behind(Behind(inner.readings))
-                };
+    }
+
+    /// The same for one who has caught up just now, or what to ask.
+    pub fn look_again(&self, key: &str, now: Instant, clock: i64) -> Result<Grant, Question> {
+        let mut inner = self.inner();
+        let found = inner.find(key, now, clock, self.span);
+        let is_behind = inner.in_part || inner.held_up;
+        found.and_then(|grant| {
+            if is_behind {
+                Err(Question::Lease)
+            } else {
+                Ok(grant)
             }
-            // Its answer would count no more.
-            Kind::Asked(_) if age < QUESTION => return Look::Ask,
-            Kind::Met => span,
-            Kind::Asked(_) | Kind::Lease { .. } => span * 2,
-        };
-        if age >= of_use {
-            inner.keys.remove(key);
-            return Look::Ask;
-        }
-        inner.tickets += 1;
-        let ticket = inner.tickets;
-        inner.enter(key, now, Kind::Asked(ticket));
-        Look::Track(Ticket(ticket, now))
+        })
     }
 
     /// Redis, asked at `now`, has granted that to a key which it was not asked to tell of.
@@ -311,6 +302,38 @@ impl Inner {
         former.waiting
     }
 
+    /// The lease of a key, if what Redis has told of, as far as it has been read, lets it be.
+    fn find(
+        &mut self,
+        key: &str,
+        now: Instant,
+        clock: i64,
+        span: Duration,
+    ) -> Result<Grant, Question> {
+        if self.line.is_none() {
+            return Err(Question::Lease);
+        }
+        let Some(entry) = self.keys.get(key) else {
+            return Err(Question::Lease);
+        };
+        let age = now.saturating_duration_since(entry.since);
+        let of_use = match &entry.kind {
+            Kind::Lease { grant, end } if age < span && clock < *end => return Ok(grant.clone()),
+            // Its answer would count no more.
+            Kind::Asked(_) if age < QUESTION => return Err(Question::Lease),
+            Kind::Met => span,
+            Kind::Asked(_) | Kind::Lease { .. } => span * 2,
+        };
+        if age >= of_use {
+            self.keys.remove(key);
+            return Err(Question::Lease);
+        }
+        self.tickets += 1;
+        let ticket = self.tickets;
+        self.enter(key, now, Kind::Asked(ticket));
+        Err(Question::Track(Ticket(ticket, now)))
+    }
+
     fn enter(&mut self, key: &str, since: Instant, kind: Kind) {
         self.keys.insert(key.into(), Entry { since, kind });
     }
@@ -387,13 +410,13 @@ pub mod tests {
         here.set_nonblocking(true).unwrap();
         let known = Known::new(SPAN);
         let watch = SocketWatch::new(here.try_clone().unwrap().into());
-        known.begin(Some(watch.unwrap()));
+        known.begin(watch.unwrap());
         (known, here, listener.accept().unwrap().0)
     }
 
     fn track(known: &Known, key: &str, now: Instant) -> Ticket {
         match known.look(key, now, 5) {
-            Look::Track(ticket) => ticket,
+            Look::Ask(Question::Track(ticket)) => ticket,
             other => panic!("not tracked: {other:?}"),
         }
     }
@@ -425,14 +448,17 @@ pub mod tests {
         assert!(!is_known(&known, "k", now + SPAN), "its time is over");
         learn_again(&known, "k", now + SPAN);
         assert!(
-            matches!(known.look("k", now + SPAN, 1000), Look::Track(_)),
+            matches!(
+                known.look("k", now + SPAN, 1000),
+                Look::Ask(Question::Track(_))
+            ),
             "it has rotated"
         );
         let ticket = meet(&known, "e", now);
         known.learn("e", ticket, &grant(State::Current), 6, 5);
         assert!(is_known(&known, "e", now));
         assert!(
-            matches!(known.look("e", now, 6), Look::Track(_)),
+            matches!(known.look("e", now, 6), Look::Ask(Question::Track(_))),
             "its key has ended"
         );
         for name in ["client_keys:other", "medium_pool:slots:k", "k"] {
@@ -469,7 +495,10 @@ pub mod tests {
         assert!(is_over(known.catch_up(behind)));
         assert!(is_known(&known, "y", now), "it was nothing of its own");
         known.end();
-        assert!(matches!(known.look("y", now, 5), Look::Ask));
+        assert!(matches!(
+            known.look("y", now, 5),
+            Look::Ask(Question::Lease)
+        ));
     }
 
     /// What there is to catch up with, once something has come.
@@ -502,12 +531,18 @@ pub mod tests {
         known.caught_up(1);
         assert!(is_over(wait));
         // What has come since is none of those who have waited.
-        assert!(matches!(known.look_again("k", now, 5), Look::Lease(_)));
+        assert!(known.look_again("k", now, 5).is_ok());
         known.in_part(true);
-        assert!(matches!(known.look_again("k", now, 5), Look::Ask));
+        assert!(matches!(
+            known.look_again("k", now, 5),
+            Err(Question::Lease)
+        ));
         known.in_part(false);
         known.caught_up(HELD_UP);
-        assert!(matches!(known.look_again("k", now, 5), Look::Ask));
+        assert!(matches!(
+            known.look_again("k", now, 5),
+            Err(Question::Lease)
+        ));
         let before = behind(&known, "k", now);
         let mut wait = pin!(known.catch_up(before));
         assert!(!is_over(wait.as_mut()));
@@ -520,7 +555,10 @@ pub mod tests {
         assert!(!is_over(wait.as_mut()));
         known.end();
         assert!(is_over(wait), "nobody reads any more");
-        assert!(matches!(known.look_again("k", now, 5), Look::Ask));
+        assert!(matches!(
+            known.look_again("k", now, 5),
+            Err(Question::Lease)
+        ));
     }
 
     fn learn_again(known: &Known, key: &str, now: Instant) {
@@ -534,7 +572,7 @@ pub mod tests {
     fn a_key_is_met_by_what_it_is_granted() {
         let now = Instant::now();
         let (known, _here, _far) = line();
-        let asks = |key: &str| matches!(known.look(key, now, 5), Look::Ask);
+        let asks = |key: &str| matches!(known.look(key, now, 5), Look::Ask(Question::Lease));
         // Nobody can fill the memory with keys that there are not.
         for state in [State::Bound, State::Grace] {
             assert!(asks("k"));
@@ -581,7 +619,7 @@ pub mod tests {
         let (known, _here, far) = line();
         let former = meet(&known, "k", now);
         known.end();
-        known.begin(SocketWatch::new(far.into()).ok());
+        known.begin(SocketWatch::new(far.into()).unwrap());
         let _own = meet(&known, "k", now);
         known.learn("k", former, &grant(State::Current), i64::MAX, 5);
         assert!(!is_known(&known, "k", now));
@@ -605,11 +643,17 @@ pub mod tests {
     fn without_a_span_or_a_line_redis_is_asked() {
         let now = Instant::now();
         let never = Known::new(Duration::ZERO);
-        never.begin(None);
+        never.end();
         let silent = Known::new(SPAN);
         for _ in 0..3 {
-            assert!(matches!(never.look("k", now, 5), Look::Ask));
-            assert!(matches!(silent.look("k", now, 5), Look::Ask));
+            assert!(matches!(
+                never.look("k", now, 5),
+                Look::Ask(Question::Lease)
+            ));
+            assert!(matches!(
+                silent.look("k", now, 5),
+                Look::Ask(Question::Lease)
+            ));
         }
     }
 }

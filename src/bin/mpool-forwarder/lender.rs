@@ -4,7 +4,7 @@
 use crate::accounts::{Account, Accounts};
 use crate::answers::Code;
 use crate::headers::Scheme;
-use crate::known::{Behind, Look};
+use crate::known::{Behind, Look, Question};
 use crate::link::{Link, Unreachable};
 use bytes::Bytes;
 use hashbrown::HashMap;
@@ -188,17 +188,17 @@ pub fn clock() -> i64 {
 }
 
 impl Lender {
-    /// The account for a key at `now`, if it need not be asked for: [`Look::Lease`].
+    /// The account for a key at `now`, if it need not be asked for.
     pub fn look(&self, key: &str, now: Instant) -> Look {
         let known = &self.link.known;
         if !known.is_wanted() {
-            return Look::Ask;
+            return Look::Ask(Question::Lease);
         }
         known.look(key, now, clock())
     }
 
-    /// The same, once what has come from Redis has been read.
-    pub async fn look_again(&self, key: &str, behind: Behind) -> Look {
+    /// The same, once what has come from Redis has been read, or what to ask.
+    pub async fn look_again(&self, key: &str, behind: Behind) -> Result<Grant, Question> {
         let known = &self.link.known;
         known.catch_up(behind).await;
         known.look_again(key, Instant::now(), clock())
@@ -215,12 +215,11 @@ impl Lender {
     /// # Errors
     /// [`Denied`] when the key is refused, no account is free, or Redis can't be
     /// asked and no lease may be used without it.
-    pub async fn acquire(&self, key: &str, look: Look) -> Result<Grant, Denied> {
+    pub async fn acquire(&self, key: &str, question: Question) -> Result<Grant, Denied> {
         let known = &self.link.known;
-        let ticket = match look {
-            Look::Lease(grant) => return Ok(grant),
-            Look::Track(ticket) => ticket,
-            Look::Ask | Look::Behind(_) => {
+        let ticket = match question {
+            Question::Track(ticket) => ticket,
+            Question::Lease => {
                 let grant = self.ask(key).await?;
                 if known.is_wanted() {
                     known.meet(key, Instant::now(), &grant);

@@ -567,7 +567,7 @@ async fn open(
         && let Ok(watch) = watch
         && line.tells_of_changes(patience).await?
     {
-        known.begin(Some(watch));
+        known.begin(watch);
     }
     Ok(line)
 }
@@ -640,7 +640,7 @@ mod tests {
         let here = here.unwrap();
         let known = Known::new(Duration::from_secs(3600));
         let socket = here.as_fd().try_clone_to_owned().unwrap();
-        known.begin(SocketWatch::new(socket).ok());
+        known.begin(SocketWatch::new(socket).unwrap());
         let line = Line {
             stream: Box::new(here),
             came: BytesMut::new(),
@@ -683,7 +683,7 @@ mod tests {
                 rounds += 1;
                 read_with_less(&mut talk, if rounds < 20 { steps } else { 0 }, cx);
                 let over = waiting.as_mut().poll(cx);
-                let stale = matches!(known.look_again(&key, now, 5), Look::Lease(_));
+                let stale = known.look_again(&key, now, 5).is_ok();
                 assert!(over.is_pending() || !stale, "{steps} steps less");
                 cx.waker().wake_by_ref();
                 over

@@ -7,7 +7,7 @@ use crate::base::Base;
 use crate::client_io::{Active, Exchange, Turn};
 use crate::config::Limits;
 use crate::headers::{self, GivenKey, Names, Overview};
-use crate::known::Look;
+use crate::known::{Look, Question};
 use crate::lender::{self, Denied, Grant, Lender, State};
 use crate::metrics::Metrics;
 use crate::relay::{Bounds, Relay, Reply};
@@ -180,19 +180,23 @@ impl Proxy {
         let key: Box<str> = lender::client_key(key).ok_or(Code::NoKey)?.into();
         // The clock is not read for a look: it takes no time.
         let mut at = report.started();
-        let mut look = self.lender.look(&key, at);
-        if let Look::Behind(behind) = look {
-            look = self.lender.look_again(&key, behind).await;
-            at = Instant::now();
-        }
-        let (grant, at) = match look {
-            Look::Lease(grant) => {
+        let found = match self.lender.look(&key, at) {
+            Look::Lease(grant) => Ok(grant),
+            Look::Ask(question) => Err(question),
+            Look::Behind(behind) => {
+                let found = self.lender.look_again(&key, behind).await;
+                at = Instant::now();
+                found
+            }
+        };
+        let (grant, at) = match found {
+            Ok(grant) => {
                 self.metrics.known.inc();
                 log_lease(&grant);
                 (grant, at)
             }
-            look => {
-                let grant = self.acquire(&key, look, at).await?;
+            Err(question) => {
+                let grant = self.acquire(&key, question, at).await?;
                 (grant, Instant::now())
             }
         };
@@ -202,11 +206,11 @@ impl Proxy {
     /// The account for a key, as Redis has it now.
     async fn ask(&self, key: &str) -> Result<Grant, Own> {
         self.lender.forget(key);
-        self.acquire(key, Look::Ask, Instant::now()).await
+        self.acquire(key, Question::Lease, Instant::now()).await
     }
 
-    async fn acquire(&self, key: &str, look: Look, asked: Instant) -> Result<Grant, Own> {
-        let outcome = self.lender.acquire(key, look).await;
+    async fn acquire(&self, key: &str, question: Question, asked: Instant) -> Result<Grant, Own> {
+        let outcome = self.lender.acquire(key, question).await;
         self.metrics.acquire.observe(asked.elapsed().as_secs_f64());
         match outcome {
             Ok(grant) => {
