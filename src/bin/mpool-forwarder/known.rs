@@ -83,15 +83,15 @@ pub enum Look {
     /// It may be known, once what has come from Redis has been read.
     Behind(Behind),
     /// Redis is to be asked.
-    Ask(Question),
+    Ask(Asking),
 }
 
-/// What Redis is to be asked.
+/// How Redis is to be asked for a lease.
 #[derive(Debug)]
-pub enum Question {
-    /// For the lease, this once.
-    Lease,
-    /// For the lease and until when the key is good: Redis is to tell of changes from then on.
+pub enum Asking {
+    /// For this once.
+    Once,
+    /// And for the key's end: from then on it tells of changes.
     Track(Ticket),
 }
 
@@ -180,23 +180,28 @@ impl Known {
     pub fn look(&self, key: &str, now: Instant, clock: i64) -> Look {
         let mut inner = self.inner();
         match inner.find(key, now, clock, self.span) {
-            Err(question) => Look::Ask(question),
+            Err(asking) => Look::Ask(asking),
             // Nobody knows when the rest comes.
-            Ok(_) if inner.in_part => Look::Ask(Question::Lease),
-            Ok(grant) if inner.is_silent() => Look::Lease(grant),
-            // Were Redis asked instead, its answer would have the next one ask, too.
-            Ok(_) => Look::Behind(Behind(inner.readings)),
+            Ok(_) if inner.in_part => Look::Ask(Asking::Once),
+            Ok(grant) => {
+                if inner.is_silent() {
+                    Look::Lease(grant)
+                } else {
+                    // Were Redis asked instead, its answer would have the next one ask, too.
+                    Look::Behind(Behind(inner.readings))
+                }
+            }
         }
     }
 
     /// The same for one who has caught up just now, or what to ask.
-    pub fn look_again(&self, key: &str, now: Instant, clock: i64) -> Result<Grant, Question> {
+    pub fn look_again(&self, key: &str, now: Instant, clock: i64) -> Result<Grant, Asking> {
         let mut inner = self.inner();
         let found = inner.find(key, now, clock, self.span);
         let is_behind = inner.in_part || inner.held_up;
         found.and_then(|grant| {
             if is_behind {
-                Err(Question::Lease)
+                Err(Asking::Once)
             } else {
                 Ok(grant)
             }
@@ -309,29 +314,29 @@ impl Inner {
         now: Instant,
         clock: i64,
         span: Duration,
-    ) -> Result<Grant, Question> {
+    ) -> Result<Grant, Asking> {
         if self.line.is_none() {
-            return Err(Question::Lease);
+            return Err(Asking::Once);
         }
         let Some(entry) = self.keys.get(key) else {
-            return Err(Question::Lease);
+            return Err(Asking::Once);
         };
         let age = now.saturating_duration_since(entry.since);
         let of_use = match &entry.kind {
             Kind::Lease { grant, end } if age < span && clock < *end => return Ok(grant.clone()),
             // Its answer would count no more.
-            Kind::Asked(_) if age < QUESTION => return Err(Question::Lease),
+            Kind::Asked(_) if age < QUESTION => return Err(Asking::Once),
             Kind::Met => span,
             Kind::Asked(_) | Kind::Lease { .. } => span * 2,
         };
         if age >= of_use {
             self.keys.remove(key);
-            return Err(Question::Lease);
+            return Err(Asking::Once);
         }
         self.tickets += 1;
         let ticket = self.tickets;
         self.enter(key, now, Kind::Asked(ticket));
-        Err(Question::Track(Ticket(ticket, now)))
+        Err(Asking::Track(Ticket(ticket, now)))
     }
 
     fn enter(&mut self, key: &str, since: Instant, kind: Kind) {
@@ -358,8 +363,8 @@ impl Inner {
 
     /// Whether nothing has come on the connection that has not been read: what
     /// Redis has told counts from when it has been sent.
-    fn is_silent(&self) -> bool {
-        self.line.as_ref().is_some_and(SocketWatch::is_silent)
+    fn is_silent(&mut self) -> bool {
+        self.line.as_mut().is_some_and(SocketWatch::is_silent)
     }
 
     /// Whether there is room for another key, if need be in the place of what is too old.
@@ -416,7 +421,7 @@ pub mod tests {
 
     fn track(known: &Known, key: &str, now: Instant) -> Ticket {
         match known.look(key, now, 5) {
-            Look::Ask(Question::Track(ticket)) => ticket,
+            Look::Ask(Asking::Track(ticket)) => ticket,
             other => panic!("not tracked: {other:?}"),
         }
     }
@@ -450,7 +455,7 @@ pub mod tests {
         assert!(
             matches!(
                 known.look("k", now + SPAN, 1000),
-                Look::Ask(Question::Track(_))
+                Look::Ask(Asking::Track(_))
             ),
             "it has rotated"
         );
@@ -458,7 +463,7 @@ pub mod tests {
         known.learn("e", ticket, &grant(State::Current), 6, 5);
         assert!(is_known(&known, "e", now));
         assert!(
-            matches!(known.look("e", now, 6), Look::Ask(Question::Track(_))),
+            matches!(known.look("e", now, 6), Look::Ask(Asking::Track(_))),
             "its key has ended"
         );
         for name in ["client_keys:other", "medium_pool:slots:k", "k"] {
@@ -495,10 +500,7 @@ pub mod tests {
         assert!(is_over(known.catch_up(behind)));
         assert!(is_known(&known, "y", now), "it was nothing of its own");
         known.end();
-        assert!(matches!(
-            known.look("y", now, 5),
-            Look::Ask(Question::Lease)
-        ));
+        assert!(matches!(known.look("y", now, 5), Look::Ask(Asking::Once)));
     }
 
     /// What there is to catch up with, once something has come.
@@ -533,16 +535,10 @@ pub mod tests {
         // What has come since is none of those who have waited.
         assert!(known.look_again("k", now, 5).is_ok());
         known.in_part(true);
-        assert!(matches!(
-            known.look_again("k", now, 5),
-            Err(Question::Lease)
-        ));
+        assert!(matches!(known.look_again("k", now, 5), Err(Asking::Once)));
         known.in_part(false);
         known.caught_up(HELD_UP);
-        assert!(matches!(
-            known.look_again("k", now, 5),
-            Err(Question::Lease)
-        ));
+        assert!(matches!(known.look_again("k", now, 5), Err(Asking::Once)));
         let before = behind(&known, "k", now);
         let mut wait = pin!(known.catch_up(before));
         assert!(!is_over(wait.as_mut()));
@@ -555,10 +551,7 @@ pub mod tests {
         assert!(!is_over(wait.as_mut()));
         known.end();
         assert!(is_over(wait), "nobody reads any more");
-        assert!(matches!(
-            known.look_again("k", now, 5),
-            Err(Question::Lease)
-        ));
+        assert!(matches!(known.look_again("k", now, 5), Err(Asking::Once)));
     }
 
     fn learn_again(known: &Known, key: &str, now: Instant) {
@@ -572,7 +565,7 @@ pub mod tests {
     fn a_key_is_met_by_what_it_is_granted() {
         let now = Instant::now();
         let (known, _here, _far) = line();
-        let asks = |key: &str| matches!(known.look(key, now, 5), Look::Ask(Question::Lease));
+        let asks = |key: &str| matches!(known.look(key, now, 5), Look::Ask(Asking::Once));
         // Nobody can fill the memory with keys that there are not.
         for state in [State::Bound, State::Grace] {
             assert!(asks("k"));
@@ -646,14 +639,8 @@ pub mod tests {
         never.end();
         let silent = Known::new(SPAN);
         for _ in 0..3 {
-            assert!(matches!(
-                never.look("k", now, 5),
-                Look::Ask(Question::Lease)
-            ));
-            assert!(matches!(
-                silent.look("k", now, 5),
-                Look::Ask(Question::Lease)
-            ));
+            assert!(matches!(never.look("k", now, 5), Look::Ask(Asking::Once)));
+            assert!(matches!(silent.look("k", now, 5), Look::Ask(Asking::Once)));
         }
     }
 }

@@ -4,7 +4,7 @@
 use crate::accounts::{Account, Accounts};
 use crate::answers::Code;
 use crate::headers::Scheme;
-use crate::known::{Behind, Look, Question};
+use crate::known::{Asking, Behind, Look};
 use crate::link::{Link, Unreachable};
 use bytes::Bytes;
 use hashbrown::HashMap;
@@ -192,13 +192,13 @@ impl Lender {
     pub fn look(&self, key: &str, now: Instant) -> Look {
         let known = &self.link.known;
         if !known.is_wanted() {
-            return Look::Ask(Question::Lease);
+            return Look::Ask(Asking::Once);
         }
         known.look(key, now, clock())
     }
 
     /// The same, once what has come from Redis has been read, or what to ask.
-    pub async fn look_again(&self, key: &str, behind: Behind) -> Result<Grant, Question> {
+    pub async fn look_again(&self, key: &str, behind: Behind) -> Result<Grant, Asking> {
         let known = &self.link.known;
         known.catch_up(behind).await;
         known.look_again(key, Instant::now(), clock())
@@ -215,11 +215,11 @@ impl Lender {
     /// # Errors
     /// [`Denied`] when the key is refused, no account is free, or Redis can't be
     /// asked and no lease may be used without it.
-    pub async fn acquire(&self, key: &str, question: Question) -> Result<Grant, Denied> {
+    pub async fn acquire(&self, key: &str, asking: Asking) -> Result<Grant, Denied> {
         let known = &self.link.known;
-        let ticket = match question {
-            Question::Track(ticket) => ticket,
-            Question::Lease => {
+        let ticket = match asking {
+            Asking::Track(ticket) => ticket,
+            Asking::Once => {
                 let grant = self.ask(key).await?;
                 if known.is_wanted() {
                     known.meet(key, Instant::now(), &grant);

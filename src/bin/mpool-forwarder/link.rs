@@ -520,10 +520,9 @@ async fn open(
         _ => "the connection can't be made",
     })?;
     let _ = stream.set_nodelay(true);
-    let watch = stream
-        .as_fd()
-        .try_clone_to_owned()
-        .and_then(SocketWatch::new);
+    let socket = known
+        .is_wanted()
+        .then(|| stream.as_fd().try_clone_to_owned());
     let stream: Box<dyn Transport> = match &target.tls {
         None => Box::new(stream),
         Some(connector) => {
@@ -563,8 +562,8 @@ async fn open(
         }
     }
     // Nor need it be allowed to be told of changes: then every request asks.
-    if known.is_wanted()
-        && let Ok(watch) = watch
+    if let Some(Ok(socket)) = socket
+        && let Ok(watch) = SocketWatch::new(socket)
         && line.tells_of_changes(patience).await?
     {
         known.begin(watch);

@@ -107,7 +107,7 @@ fn run(config: Config) -> Result<(), String> {
 }
 
 async fn serve(config: Config) -> Result<(), String> {
-    allow_files(config.limits.connections);
+    allow_files(config.limits.connections, config.threads);
     let listener = bind("--listen", config.listen).await?;
     let door = match config.admin {
         Some(address) => Some(bind("--admin", address).await?),
@@ -179,12 +179,14 @@ fn local(listener: &TcpListener) -> String {
         .map_or_else(|error| error.to_string(), |address| address.to_string())
 }
 
-/// A connection takes two files, one to each side, and now and then a third.
-fn allow_files(connections: usize) {
-    let wanted = u64::try_from(connections)
-        .unwrap_or(u64::MAX)
+/// A connection takes two files, one to each side, and now and then a third; a thread
+/// takes six, half of them for Redis.
+fn allow_files(connections: usize, threads: usize) {
+    let wanted = connections
         .saturating_mul(3)
+        .saturating_add(threads.saturating_mul(6))
         .saturating_add(256);
+    let wanted = u64::try_from(wanted).unwrap_or(u64::MAX);
     match rlimit::increase_nofile_limit(wanted) {
         Ok(got) if got < wanted => tracing::warn!(
             event = "limits",

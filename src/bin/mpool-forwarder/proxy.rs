@@ -7,7 +7,7 @@ use crate::base::Base;
 use crate::client_io::{Active, Exchange, Turn};
 use crate::config::Limits;
 use crate::headers::{self, GivenKey, Names, Overview};
-use crate::known::{Look, Question};
+use crate::known::{Asking, Look};
 use crate::lender::{self, Denied, Grant, Lender, State};
 use crate::metrics::Metrics;
 use crate::relay::{Bounds, Relay, Reply};
@@ -182,7 +182,7 @@ impl Proxy {
         let mut at = report.started();
         let found = match self.lender.look(&key, at) {
             Look::Lease(grant) => Ok(grant),
-            Look::Ask(question) => Err(question),
+            Look::Ask(asking) => Err(asking),
             Look::Behind(behind) => {
                 let found = self.lender.look_again(&key, behind).await;
                 at = Instant::now();
@@ -195,8 +195,8 @@ impl Proxy {
                 log_lease(&grant);
                 (grant, at)
             }
-            Err(question) => {
-                let grant = self.acquire(&key, question, at).await?;
+            Err(asking) => {
+                let grant = self.acquire(&key, asking, at).await?;
                 (grant, Instant::now())
             }
         };
@@ -206,11 +206,11 @@ impl Proxy {
     /// The account for a key, as Redis has it now.
     async fn ask(&self, key: &str) -> Result<Grant, Own> {
         self.lender.forget(key);
-        self.acquire(key, Question::Lease, Instant::now()).await
+        self.acquire(key, Asking::Once, Instant::now()).await
     }
 
-    async fn acquire(&self, key: &str, question: Question, asked: Instant) -> Result<Grant, Own> {
-        let outcome = self.lender.acquire(key, question).await;
+    async fn acquire(&self, key: &str, asking: Asking, asked: Instant) -> Result<Grant, Own> {
+        let outcome = self.lender.acquire(key, asking).await;
         self.metrics.acquire.observe(asked.elapsed().as_secs_f64());
         match outcome {
             Ok(grant) => {

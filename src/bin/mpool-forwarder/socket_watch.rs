@@ -16,7 +16,8 @@ pub struct SocketWatch {
 }
 
 impl SocketWatch {
-    /// Of a socket that does not block. Fails where the process has no descriptor left.
+    /// Of a socket that does not block. Fails where the system allows no descriptor more, or
+    /// no epoll.
     pub fn new(socket: OwnedFd) -> io::Result<Self> {
         #[cfg(target_os = "linux")]
         let ready = {
@@ -35,9 +36,10 @@ impl SocketWatch {
     }
 
     /// Whether nothing has come that has not been read. A socket that is closed or broken
-    /// has something to say.
+    /// has something to say. For one at a time: two who look at one epoll at once may hide
+    /// from each other what is ready.
     #[cfg(target_os = "linux")]
-    pub fn is_silent(&self) -> bool {
+    pub fn is_silent(&mut self) -> bool {
         use rustix::event::{Timespec, epoll};
         use std::mem::MaybeUninit;
         let at_once = Timespec {
@@ -50,7 +52,7 @@ impl SocketWatch {
     }
 
     #[cfg(not(target_os = "linux"))]
-    pub fn is_silent(&self) -> bool {
+    pub fn is_silent(&mut self) -> bool {
         let peeked = self.socket.peek(&mut [0]);
         peeked.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
     }
@@ -72,7 +74,7 @@ mod tests {
 
     #[test]
     fn what_has_come_counts_until_it_has_been_read() {
-        let (watch, mut here, mut far) = watched();
+        let (mut watch, mut here, mut far) = watched();
         for _ in 0..3 {
             assert!(watch.is_silent());
             far.write_all(b"ab").unwrap();
@@ -87,11 +89,32 @@ mod tests {
 
     #[test]
     fn an_end_is_no_silence() {
-        let (watch, _here, far) = watched();
+        let (mut watch, _here, far) = watched();
         far.shutdown(Shutdown::Write).unwrap();
         assert!(!watch.is_silent());
-        let (watch, here, _far) = watched();
+        let (mut watch, here, _far) = watched();
         here.shutdown(Shutdown::Both).unwrap();
         assert!(!watch.is_silent());
+    }
+    #[test]
+    fn a_socket_that_its_reader_has_closed_still_counts() {
+        let (mut watch, here, mut far) = watched();
+        drop(here);
+        assert!(watch.is_silent());
+        far.write_all(b"a").unwrap();
+        assert!(!watch.is_silent());
+    }
+
+    #[test]
+    fn a_connection_that_breaks_is_no_silence() {
+        let (mut watch, mut here, far) = watched();
+        (&far).write_all(b"a").unwrap();
+        // What came before is unread at the far end, so that closing it breaks the connection.
+        here.write_all(b"b").unwrap();
+        assert_eq!(here.read(&mut [0; 9]).unwrap(), 1);
+        drop(far);
+        assert!(!watch.is_silent());
+        assert!(here.read(&mut [0; 9]).is_err());
+        assert!(!watch.is_silent(), "the reader has heard of it");
     }
 }
