@@ -195,18 +195,20 @@ async fn talk(behaviour: Behaviour, manner: u8, bytes: &[u8]) -> (Vec<Message>, 
         Duration::from_secs(60)
     };
     let shared = Arc::new(Shared {
-        metrics: Arc::new(metrics::Metrics::new()),
+        metrics: Arc::new(metrics::Metrics::new(1)),
         seen: Arc::new(lender::Seen::new(Duration::from_secs(60))),
         accounts: Arc::default(),
         began: Instant::now(),
         outage_told: Arc::default(),
         config: config(lease_cache),
     });
-    let budget = Arc::new(upload::Budget::new(shared.config.limits.replay_memory));
+    let mut budgets = upload::Budget::shared(shared.config.limits.replay_memory, 1);
+    let budget = budgets.pop().expect("a thread's");
     let (connections, waiting) = mpsc::unbounded_channel();
     let working = tokio::task::spawn_local({
         let shared = Arc::clone(&shared);
-        async move { server::work(&shared, None, budget, waiting).await }
+        let tally = shared.metrics.tallies().next().expect("a thread's");
+        async move { server::work(&shared, None, tally, budget, waiting).await }
     });
     let open = Arc::default();
     let (mut client, theirs) = pair();
@@ -253,7 +255,7 @@ async fn talk(behaviour: Behaviour, manner: u8, bytes: &[u8]) -> (Vec<Message>, 
     sleep(Duration::from_secs(1)).await;
     let seen = sides.end();
     sleep(Duration::from_secs(1)).await;
-    assert_eq!(shared.metrics.in_flight.get(), 0, "requests are left");
+    assert_eq!(shared.metrics.in_flight(), 0, "requests are left");
     assert_eq!(shared.metrics.connections.get(), 0, "connections are left");
     (seen, answered)
 }

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Failures of the connection in a row after which an account is suspected.
@@ -32,6 +32,9 @@ pub struct Account {
     /// When a connection last broke for it; 0: never.
     failed_at: AtomicU64,
     trouble: Mutex<Trouble>,
+    /// Whether a good answer has something to forgive: all threads look at this at each
+    /// request, so that it is written only where it changes.
+    is_troubled: AtomicBool,
     /// Held by the request that looks for another account, so that the others
     /// that were refused with it follow instead of doing the same again.
     pub turn: tokio::sync::Mutex<()>,
@@ -61,6 +64,7 @@ impl Account {
             well_at: AtomicU64::new(0),
             failed_at: AtomicU64::new(0),
             trouble: Mutex::default(),
+            is_troubled: AtomicBool::new(false),
             turn: tokio::sync::Mutex::new(()),
         }
     }
@@ -71,15 +75,26 @@ impl Account {
 
     /// The upstream has answered, and not refused the account.
     pub fn well(&self, now: u64) {
-        self.well_at.store(now.max(1), Ordering::Relaxed);
-        let mut trouble = self.trouble();
-        if trouble.refused + trouble.failed + trouble.cooldowns > 0 {
+        let now = now.max(1);
+        if self.well_at.load(Ordering::Relaxed) != now {
+            self.well_at.store(now, Ordering::Relaxed);
+        }
+        if self.is_troubled.load(Ordering::Relaxed) {
+            let mut trouble = self.trouble();
             *trouble = Trouble {
                 cooled_at: trouble.cooled_at,
                 broken_until: trouble.broken_until,
                 ..Trouble::default()
             };
+            self.is_troubled.store(false, Ordering::Relaxed);
         }
+    }
+
+    /// To hold something against the account.
+    fn new_trouble(&self) -> MutexGuard<'_, Trouble> {
+        let trouble = self.trouble();
+        self.is_troubled.store(true, Ordering::Relaxed);
+        trouble
     }
 
     fn well_since(&self, then: u64) -> bool {
@@ -95,14 +110,14 @@ impl Account {
     /// The upstream has refused the account for a request of this key: for how
     /// long to cool it down, in units of the first cooldown.
     pub fn refused(&self, key: u64, now: u64) -> u32 {
-        let mut trouble = self.trouble();
+        let mut trouble = self.new_trouble();
         trouble.blame(key);
         trouble.cool(now)
     }
 
     /// It has, but another account did so too: only noted.
     pub fn refused_too(&self, key: u64) {
-        self.trouble().blame(key);
+        self.new_trouble().blame(key);
     }
 
     /// Whether the account has been cooled down at or after `then`.
@@ -233,7 +248,7 @@ impl Accounts {
     pub fn failed(&self, account: &Account, unit: u64, now: u64) -> Option<u32> {
         account.failed_at.store(now.max(1), Ordering::Relaxed);
         let since = {
-            let mut trouble = account.trouble();
+            let mut trouble = account.new_trouble();
             if trouble.failed == 0 {
                 trouble.failing_since = now.max(1);
             }
@@ -258,7 +273,7 @@ impl Accounts {
         if sound == 0 || sound < failing || out >= most_out {
             return None;
         }
-        let mut trouble = account.trouble();
+        let mut trouble = account.new_trouble();
         trouble.failed = 0;
         let units = trouble.cool(now);
         trouble.broken_until = now.saturating_add(unit.saturating_mul(units.into()));

@@ -65,6 +65,12 @@ impl std::fmt::Display for Base {
 }
 
 impl Base {
+    /// The same in memory of its own: each request counts itself among those who use it, and
+    /// memory that two processors write by turns has to travel between them each time.
+    pub fn apart(&self) -> Self {
+        self.to_string().parse().unwrap_or_else(|_| self.clone())
+    }
+
     /// Where to connect to.
     pub fn origin(&self) -> Uri {
         self.join(&Uri::default(), true).unwrap_or_default()

@@ -701,7 +701,7 @@ mod tests {
                 header: wait,
                 keepalive: wait,
                 send: wait,
-                metrics: Arc::new(Metrics::new()),
+                metrics: Arc::new(Metrics::new(1)),
                 gate: Arc::default(),
             });
             let mut io = ClientIo::new(server, false, Arc::default(), Arc::clone(&bounds));

@@ -239,7 +239,7 @@ impl Known {
         }
         match grant.state {
             State::Current if clock < end => {
-                let grant = grant.clone();
+                let grant = grant.apart();
                 inner.enter(key, since, Kind::Lease { grant, end });
             }
             // They come with changes that are still to be told of.

@@ -120,7 +120,7 @@ async fn serve(config: Config) -> Result<(), String> {
         "http"
     };
     let shared = Arc::new(Shared {
-        metrics: Arc::new(metrics::Metrics::new()),
+        metrics: Arc::new(metrics::Metrics::new(config.threads)),
         seen: Arc::new(lender::Seen::new(config.grace)),
         accounts: Arc::default(),
         began: Instant::now(),
@@ -157,10 +157,10 @@ async fn serve(config: Config) -> Result<(), String> {
     tokio::select! {
         () = workers.drain() => {}
         () = tokio::time::sleep(drain) => {
-            tracing::warn!(event = "stopping", "{} requests are cut off", shared.metrics.in_flight.get());
+            tracing::warn!(event = "stopping", "{} requests are cut off", shared.metrics.in_flight());
         }
         () = signals.next() => {
-            tracing::warn!(event = "stopping", "told again: {} requests are cut off", shared.metrics.in_flight.get());
+            tracing::warn!(event = "stopping", "told again: {} requests are cut off", shared.metrics.in_flight());
         }
     }
     tracing::info!(event = "stopped", "stopped");

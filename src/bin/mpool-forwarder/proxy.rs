@@ -9,7 +9,7 @@ use crate::config::Limits;
 use crate::headers::{self, GivenKey, Names, Overview};
 use crate::known::{Asking, Look};
 use crate::lender::{self, Denied, Grant, Lender, State};
-use crate::metrics::Metrics;
+use crate::metrics::Tally;
 use crate::relay::{Bounds, Relay, Reply};
 use crate::report::{Report, log_lease};
 use crate::tries::Tries;
@@ -31,7 +31,7 @@ pub struct Proxy {
     pub base: Base,
     pub upstream: Upstream,
     pub lender: Lender,
-    pub metrics: Arc<Metrics>,
+    pub tally: Arc<Tally>,
     pub limits: Limits,
     pub uploads: Rules,
     pub stream_timeout: Duration,
@@ -103,15 +103,14 @@ impl Proxy {
         let active = exchange.begin();
         let (parts, body) = request.into_parts();
         let over_http2 = parts.version == Version::HTTP_2;
-        let mut report = Report::begin(&self.metrics, &parts.method, &parts.uri);
+        let mut report = Report::begin(&self.tally, &parts.method, &parts.uri);
         let overview = Overview::of(&parts.headers);
         let plain = headers::framing_is_plain(&parts.headers, &overview);
         // RFC 9112 section 6.1: where a length came with a coding, nothing that
         // follows on the connection is to be trusted.
         let mut last = !plain || may_have_length && overview.has(Names::TRANSFER_ENCODING);
         async move {
-            let admitted = if self.metrics.in_flight.get() > self.most_in_flight() {
-                // One connection of HTTP/2 may carry many.
+            let admitted = if over_http2 && self.is_crowded() {
                 Err(Code::Connections.into())
             } else if plain {
                 self.admit(&parts, &overview, &body, &mut report).await
@@ -191,7 +190,7 @@ impl Proxy {
         };
         let (grant, at) = match found {
             Ok(grant) => {
-                self.metrics.known.inc();
+                self.tally.known();
                 log_lease(&grant);
                 (grant, at)
             }
@@ -211,11 +210,11 @@ impl Proxy {
 
     async fn acquire(&self, key: &str, asking: Asking, asked: Instant) -> Result<Grant, Own> {
         let outcome = self.lender.acquire(key, asking).await;
-        self.metrics.acquire.observe(asked.elapsed().as_secs_f64());
+        self.tally.acquire(asked.elapsed());
         match outcome {
             Ok(grant) => {
                 if grant.state == State::Grace {
-                    self.metrics.grace.inc();
+                    self.tally.all.grace.inc();
                 }
                 log_lease(&grant);
                 Ok(grant)
@@ -342,7 +341,7 @@ impl Proxy {
                 }
                 Outcome::Unfit => return Err(Code::Upstream.into()),
                 Outcome::Refused(response) => {
-                    self.metrics.upstream_error(&account.name, "401");
+                    self.tally.all.upstream_error(&account.name, "401");
                     if tried.another_account {
                         self.refused_by_two(order, &account, tried.charge);
                         return Ok(response);
@@ -366,12 +365,12 @@ impl Proxy {
                         }
                         return Err(Code::Account.into());
                     }
-                    self.metrics.failovers.inc();
+                    self.tally.all.failovers.inc();
                 }
                 Outcome::Failed(SendError::Upload(fault)) => return Err(of_fault(fault).into()),
                 Outcome::Failed(SendError::Target) => return Err(Code::BadRequest.into()),
                 Outcome::Failed(error) => {
-                    self.metrics.upstream_error(&account.name, error.name());
+                    self.tally.all.upstream_error(&account.name, error.name());
                     let failed = self.connection_failed(order, &grant, error);
                     let cooled = Box::pin(failed).await;
                     // Only what had no effect, or may be sent twice (RFC 9110 section 9.2.2).
@@ -600,8 +599,11 @@ impl Proxy {
         u64::try_from(self.cooldown.as_millis()).unwrap_or(u64::MAX)
     }
 
-    fn most_in_flight(&self) -> i64 {
-        i64::try_from(self.limits.connections).unwrap_or(i64::MAX)
+    /// Whether there are more requests than there may be connections, as one of HTTP/2 may
+    /// carry many.
+    fn is_crowded(&self) -> bool {
+        let most = i64::try_from(self.limits.connections).unwrap_or(i64::MAX);
+        self.tally.all.in_flight() > most
     }
 
     /// Whether the log may have one more line that says what each request's line

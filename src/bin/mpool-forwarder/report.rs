@@ -4,7 +4,7 @@
 use crate::accounts::Account;
 use crate::answers::Code;
 use crate::lender::{Grant, Lease, State, clock};
-use crate::metrics::Metrics;
+use crate::metrics::Tally;
 use crate::upload::Upload;
 use hyper::{Method, Uri};
 use std::fmt;
@@ -37,7 +37,7 @@ impl End {
 
 /// The account of one request; it is closed when it is dropped.
 pub struct Report {
-    metrics: Arc<Metrics>,
+    tally: Arc<Tally>,
     upload: Option<Upload>,
     /// What the log line says beyond the rest; nothing where no line is wanted.
     line: Option<Box<Line>>,
@@ -59,8 +59,8 @@ struct Line {
 }
 
 impl Report {
-    pub fn begin(metrics: &Arc<Metrics>, method: &Method, uri: &Uri) -> Self {
-        metrics.in_flight.inc();
+    pub fn begin(tally: &Arc<Tally>, method: &Method, uri: &Uri) -> Self {
+        tally.begun();
         let line = || {
             Box::new(Line {
                 method: method.clone(),
@@ -71,7 +71,7 @@ impl Report {
             })
         };
         Self {
-            metrics: Arc::clone(metrics),
+            tally: Arc::clone(tally),
             upload: None,
             line: lines_are_wanted().then(line),
             started: Instant::now(),
@@ -108,7 +108,7 @@ impl Report {
     pub fn answered(&mut self, status: u16, at: Instant) {
         let elapsed = at.saturating_duration_since(self.started);
         self.status = status;
-        self.metrics.first_byte.observe(elapsed.as_secs_f64());
+        self.tally.first_byte(elapsed);
         if let Some(line) = &mut self.line {
             line.first_byte = Some(elapsed);
         }
@@ -138,7 +138,7 @@ impl Drop for Report {
         if let Some(upload) = &self.upload {
             upload.close();
         }
-        self.metrics.finished(self.status, self.code, self.end);
+        self.tally.finished(self.status, self.code, self.end);
         if let Some(line) = &self.line {
             self.log(line);
         }

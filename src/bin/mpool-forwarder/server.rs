@@ -8,7 +8,7 @@ use crate::config::Config;
 use crate::known::Known;
 use crate::lender::{Lender, Seen};
 use crate::link::{Event, Link};
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, Tally};
 use crate::proxy::Proxy;
 use crate::relay::Reply;
 use crate::rooms::in_rooms;
@@ -144,19 +144,21 @@ impl Workers {
             .tls
             .clone()
             .map(|config| TlsAcceptor::from(Arc::new(config)));
-        let budget = Arc::new(Budget::new(shared.config.limits.replay_memory));
-        let workers = (0..shared.config.threads).map(|number| {
+        let (threads, limits) = (shared.config.threads, &shared.config.limits);
+        let budgets = Budget::shared(limits.replay_memory, threads);
+        let each = shared.metrics.tallies().zip(budgets).enumerate();
+        let workers = each.map(|(number, (tally, budget))| {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
                 .event_interval(EVENT_INTERVAL)
                 .build()?;
             let (connections, waiting) = mpsc::unbounded_channel();
             let (done, finished) = oneshot::channel();
-            let (shared, tls, budget) = (Arc::clone(shared), tls.clone(), Arc::clone(&budget));
+            let (shared, tls) = (Arc::clone(shared), tls.clone());
             thread::Builder::new()
                 .name(format!("worker-{number}"))
                 .spawn(move || {
-                    runtime.block_on(work(&shared, tls, budget, waiting));
+                    runtime.block_on(work(&shared, tls, tally, budget, waiting));
                     let _ = done.send(());
                 })?;
             Ok(Worker {
@@ -244,7 +246,8 @@ async fn turn_away(mut stream: TcpStream, _place: Place) {
 pub async fn work(
     shared: &Arc<Shared>,
     tls: Option<TlsAcceptor>,
-    budget: Arc<Budget>,
+    tally: Tally,
+    budget: Budget,
     mut waiting: mpsc::UnboundedReceiver<(std::net::TcpStream, Place)>,
 ) {
     let config = &shared.config;
@@ -253,7 +256,7 @@ pub async fn work(
         Err(why) => return tracing::error!("{why}"),
     };
     let proxy = Arc::new(Proxy {
-        base: config.upstream.clone(),
+        base: config.upstream.apart(),
         upstream: Upstream::new(
             &config.upstream,
             config.upstream_tls.clone(),
@@ -262,13 +265,13 @@ pub async fn work(
             &config.limits,
         ),
         lender,
-        metrics: Arc::clone(&shared.metrics),
+        tally: Arc::new(tally),
         limits: config.limits,
         uploads: Rules {
             most: config.limits.body,
             keep: config.limits.replay_body,
             silence: config.timeouts.body,
-            budget,
+            budget: Arc::new(budget),
         },
         stream_timeout: config.timeouts.stream,
         send_timeout: config.timeouts.send,

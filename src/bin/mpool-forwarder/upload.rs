@@ -45,32 +45,68 @@ impl fmt::Display for Fault {
 
 impl std::error::Error for Fault {}
 
-/// The memory that all kept bodies share, in bytes.
+/// One thread's part of the memory that all kept bodies share, in bytes. It takes some more
+/// than it needs, and gives back what it has too much of: memory that two processors write by
+/// turns has to travel between them each time.
 #[derive(Debug)]
 pub struct Budget {
-    used: AtomicUsize,
+    /// What all threads have taken.
+    taken: Arc<AtomicUsize>,
     limit: usize,
+    /// What this thread has taken and not used.
+    spare: AtomicUsize,
+    step: usize,
 }
 
 impl Budget {
-    pub const fn new(limit: usize) -> Self {
-        Self {
-            used: AtomicUsize::new(0),
+    /// Of those that share a limit, as many as there are threads. A thirty-second of it
+    /// at most lies idle.
+    pub fn shared(limit: usize, threads: usize) -> Vec<Self> {
+        let taken = Arc::new(AtomicUsize::new(0));
+        let step = (limit / 64 / threads.max(1)).min(256 << 10);
+        let budget = |_| Self {
+            taken: Arc::clone(&taken),
             limit,
-        }
+            spare: AtomicUsize::new(0),
+            step,
+        };
+        (0..threads).map(budget).collect()
     }
 
     fn take(&self, bytes: usize) -> bool {
-        let before = self.used.fetch_add(bytes, Ordering::Relaxed);
-        let fits = before.saturating_add(bytes) <= self.limit;
-        if !fits {
-            self.used.fetch_sub(bytes, Ordering::Relaxed);
+        if self.use_spare(bytes) {
+            return true;
         }
-        fits
+        if self.take_from_all(bytes.saturating_add(self.step)) {
+            self.spare.fetch_add(self.step, Ordering::Relaxed);
+            return true;
+        }
+        self.take_from_all(bytes)
     }
 
     fn give_back(&self, bytes: usize) {
-        self.used.fetch_sub(bytes, Ordering::Relaxed);
+        let spare = self.spare.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        let excess = spare - spare.min(self.step);
+        if excess > self.step && self.use_spare(excess) {
+            self.taken.fetch_sub(excess, Ordering::Relaxed);
+        }
+    }
+
+    fn use_spare(&self, bytes: usize) -> bool {
+        let left = |spare: usize| spare.checked_sub(bytes);
+        let taken = self
+            .spare
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, left);
+        taken.is_ok()
+    }
+
+    fn take_from_all(&self, bytes: usize) -> bool {
+        let before = self.taken.fetch_add(bytes, Ordering::Relaxed);
+        let fits = before.saturating_add(bytes) <= self.limit;
+        if !fits {
+            self.taken.fetch_sub(bytes, Ordering::Relaxed);
+        }
+        fits
     }
 }
 
@@ -484,4 +520,47 @@ where
             }
         }
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_share_one_budget() {
+        const LIMIT: usize = 64 << 20;
+        let budgets = Budget::shared(LIMIT, 2);
+        let [one, two] = &budgets[..] else {
+            panic!("two")
+        };
+        let used = || one.taken.load(Ordering::Relaxed);
+        // Here and there a body, and most of the memory for one of them.
+        for _ in 0..1000 {
+            assert!(one.take(1000) && two.take(1000));
+            one.give_back(1000);
+            two.give_back(1000);
+        }
+        assert!(used() <= LIMIT / 32, "{}", used());
+        let most = LIMIT - LIMIT / 32;
+        assert!(one.take(most));
+        assert!(!two.take(LIMIT / 16));
+        assert!(used() <= LIMIT);
+        one.give_back(most);
+        assert!(two.take(most));
+        two.give_back(most);
+        assert!(used() <= LIMIT / 32, "{}", used());
+    }
+
+    #[test]
+    fn a_small_budget_is_kept_to_the_byte() {
+        let budgets = Budget::shared(100, 2);
+        let [one, two] = &budgets[..] else {
+            panic!("two")
+        };
+        assert!(one.take(60) && two.take(40) && !one.take(1));
+        two.give_back(40);
+        assert!(one.take(40) && !two.take(1));
+        one.give_back(100);
+        assert!(two.take(100));
+    }
 }
