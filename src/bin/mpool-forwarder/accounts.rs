@@ -32,8 +32,8 @@ pub struct Account {
     /// When a connection last broke for it; 0: never.
     failed_at: AtomicU64,
     trouble: Mutex<Trouble>,
-    /// Whether a good answer has something to forgive: all threads look at this at each
-    /// request, so that it is written only where it changes.
+    /// Whether a good answer may have something to forgive: all threads look at this at
+    /// each of them, and write it only when there is.
     is_troubled: AtomicBool,
     /// Held by the request that looks for another account, so that the others
     /// that were refused with it follow instead of doing the same again.

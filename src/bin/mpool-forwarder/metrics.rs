@@ -17,7 +17,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
 use std::fmt::{self, Write};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Upper bounds of the time buckets, in seconds.
@@ -70,7 +70,8 @@ struct Times {
     /// In seconds, each one included.
     bounds: &'static [f64],
     counts: [AtomicU64; BUCKETS],
-    sum_ns: AtomicU64,
+    /// The bits of an f64, in seconds.
+    sum: AtomicU64,
 }
 
 impl Times {
@@ -78,7 +79,7 @@ impl Times {
         Self {
             bounds,
             counts: Default::default(),
-            sum_ns: AtomicU64::new(0),
+            sum: AtomicU64::new(0),
         }
     }
 
@@ -88,8 +89,10 @@ impl Times {
         if let Some(count) = self.counts.get(place.unwrap_or(self.bounds.len())) {
             count.fetch_add(1, Ordering::Relaxed);
         }
-        let nanos = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-        self.sum_ns.fetch_add(nanos, Ordering::Relaxed);
+        let add = |sum| Some((f64::from_bits(sum) + seconds).to_bits());
+        let _ = self
+            .sum
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, add);
     }
 }
 
@@ -185,8 +188,8 @@ impl EncodeMetric for Sum<Times> {
         });
         let buckets: Vec<(f64, u64)> = buckets.collect();
         let count = buckets.iter().map(|(_, count)| count).sum();
-        let nanos = self.parts().map(|part| part.sum_ns.load(Ordering::Relaxed));
-        let sum = Duration::from_nanos(nanos.sum()).as_secs_f64();
+        let sums = self.parts().map(|part| part.sum.load(Ordering::Relaxed));
+        let sum = sums.map(f64::from_bits).sum();
         encoder.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)
     }
 
@@ -206,6 +209,19 @@ impl Tally {
     /// A request has come.
     pub fn begun(&self) {
         self.share.in_flight.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Whether more requests than that are under way. Nobody adds them up as long as no
+    /// client has come over HTTP/2: before, there are no more than connections.
+    pub fn is_crowded(&self, most: usize, over_http2: bool) -> bool {
+        let multiplexed = &self.all.multiplexed;
+        if !multiplexed.load(Ordering::Relaxed) {
+            if !over_http2 {
+                return false;
+            }
+            multiplexed.store(true, Ordering::Relaxed);
+        }
+        usize::try_from(self.all.in_flight()).is_ok_and(|count| count > most)
     }
 
     /// The lease was known.
@@ -252,6 +268,8 @@ pub struct Metrics {
     usual: Sum<AtomicU64>,
     broken: Family<Ended, Counter>,
     in_flight: Sum<AtomicI64>,
+    /// A client has come over HTTP/2.
+    multiplexed: AtomicBool,
     pub connections: Gauge,
     pub failovers: Counter,
     pub grace: Counter,
@@ -270,6 +288,7 @@ impl Metrics {
             usual: Sum::new(&shares, |share| &share.usual),
             broken: Family::default(),
             in_flight: Sum::new(&shares, |share| &share.in_flight),
+            multiplexed: AtomicBool::new(false),
             connections: Gauge::default(),
             failovers: Counter::default(),
             grace: Counter::default(),
@@ -373,7 +392,7 @@ impl Metrics {
         if usual > 0 {
             let label = Answered::of(USUAL.0, USUAL.1);
             let counter = self.requests.get_or_create(&label);
-            counter.inner().store(usual, Ordering::Relaxed);
+            counter.inner().fetch_max(usual, Ordering::Relaxed);
         }
         let mut page = String::new();
         let _ = encode(&mut page, &self.registry);
@@ -410,7 +429,6 @@ mod tests {
             "# TYPE mpool_leases_known counter",
             "mpool_leases_known_total 3",
             "# TYPE mpool_time_to_first_byte_seconds histogram",
-            "mpool_time_to_first_byte_seconds_sum 400.011",
             "mpool_time_to_first_byte_seconds_count 3",
             "mpool_time_to_first_byte_seconds_bucket{le=\"0.005\"} 1",
             "mpool_time_to_first_byte_seconds_bucket{le=\"0.01\"} 2",
@@ -421,5 +439,22 @@ mod tests {
         ] {
             assert!(page.lines().any(|own| own == line), "{line}\n{page}");
         }
+        let sum = "mpool_time_to_first_byte_seconds_sum ";
+        let sum = page.lines().find_map(|line| line.strip_prefix(sum));
+        let sum: f64 = sum.unwrap().parse().unwrap();
+        assert!((sum - 400.011).abs() < 1e-9, "{sum}");
+    }
+
+    #[test]
+    fn once_clients_multiplex_a_crowd_is_of_all_threads() {
+        let metrics = Arc::new(Metrics::new(2));
+        let tallies: Vec<_> = metrics.tallies().collect();
+        let crowded = |over_http2| tallies[0].is_crowded(3, over_http2);
+        (0..2).for_each(|_| tallies.iter().for_each(Tally::begun));
+        assert!(!crowded(false), "each has a connection of its own");
+        assert!(crowded(true));
+        assert!(crowded(false));
+        tallies[1].finished(200, None, End::Whole);
+        assert!(!crowded(true));
     }
 }

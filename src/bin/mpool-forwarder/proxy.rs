@@ -110,7 +110,9 @@ impl Proxy {
         // follows on the connection is to be trusted.
         let mut last = !plain || may_have_length && overview.has(Names::TRANSFER_ENCODING);
         async move {
-            let admitted = if over_http2 && self.is_crowded() {
+            let most = self.limits.connections;
+            let admitted = if self.tally.is_crowded(most, over_http2) {
+                // One connection of HTTP/2 may carry many.
                 Err(Code::Connections.into())
             } else if plain {
                 self.admit(&parts, &overview, &body, &mut report).await
@@ -597,13 +599,6 @@ impl Proxy {
 
     fn cooldown_ms(&self) -> u64 {
         u64::try_from(self.cooldown.as_millis()).unwrap_or(u64::MAX)
-    }
-
-    /// Whether there are more requests than there may be connections, as one of HTTP/2 may
-    /// carry many.
-    fn is_crowded(&self) -> bool {
-        let most = i64::try_from(self.limits.connections).unwrap_or(i64::MAX);
-        self.tally.all.in_flight() > most
     }
 
     /// Whether the log may have one more line that says what each request's line

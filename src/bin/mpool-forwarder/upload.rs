@@ -74,39 +74,41 @@ impl Budget {
     }
 
     fn take(&self, bytes: usize) -> bool {
-        if self.use_spare(bytes) {
-            return true;
-        }
-        if self.take_from_all(bytes.saturating_add(self.step)) {
-            self.spare.fetch_add(self.step, Ordering::Relaxed);
-            return true;
-        }
-        self.take_from_all(bytes)
+        let spare = self.spare.swap(0, Ordering::Relaxed);
+        let left = if bytes <= spare {
+            Some(spare - bytes)
+        } else {
+            let extra = [self.step, 0].into_iter();
+            let mut extra = extra.filter(|extra| self.take_from_all(bytes - spare, *extra));
+            extra.next()
+        };
+        self.spare
+            .fetch_add(left.unwrap_or(spare), Ordering::Relaxed);
+        left.is_some()
     }
 
-    fn give_back(&self, bytes: usize) {
-        let spare = self.spare.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        let excess = spare - spare.min(self.step);
-        if excess > self.step && self.use_spare(excess) {
-            self.taken.fetch_sub(excess, Ordering::Relaxed);
-        }
-    }
-
-    fn use_spare(&self, bytes: usize) -> bool {
-        let left = |spare: usize| spare.checked_sub(bytes);
+    fn take_from_all(&self, bytes: usize, extra: usize) -> bool {
+        let more = |taken: usize| {
+            let taken = taken.checked_add(bytes)?.checked_add(extra)?;
+            (taken <= self.limit).then_some(taken)
+        };
         let taken = self
-            .spare
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, left);
+            .taken
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
         taken.is_ok()
     }
 
-    fn take_from_all(&self, bytes: usize) -> bool {
-        let before = self.taken.fetch_add(bytes, Ordering::Relaxed);
-        let fits = before.saturating_add(bytes) <= self.limit;
-        if !fits {
-            self.taken.fetch_sub(bytes, Ordering::Relaxed);
+    fn give_back(&self, bytes: usize) {
+        let spare = self.spare.swap(0, Ordering::Relaxed) + bytes;
+        let keep = if spare > 2 * self.step {
+            self.step
+        } else {
+            spare
+        };
+        self.spare.fetch_add(keep, Ordering::Relaxed);
+        if keep < spare {
+            self.taken.fetch_sub(spare - keep, Ordering::Relaxed);
         }
-        fits
     }
 }
 
@@ -549,6 +551,20 @@ mod tests {
         assert!(two.take(most));
         two.give_back(most);
         assert!(used() <= LIMIT / 32, "{}", used());
+    }
+
+    #[test]
+    fn pieces_of_any_size_leave_little_idle() {
+        const LIMIT: usize = 1 << 20;
+        for size in [100, 2000, 5000, 16_448, 65_600] {
+            let budgets = Budget::shared(LIMIT, 8);
+            let mut used = 0;
+            while budgets.iter().any(|budget| budget.take(size)) {
+                used += size;
+            }
+            let idle = LIMIT - used;
+            assert!(idle <= LIMIT / 32 + size, "{size}: {idle}");
+        }
     }
 
     #[test]
