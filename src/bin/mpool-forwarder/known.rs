@@ -183,14 +183,9 @@ impl Known {
             Err(asking) => Look::Ask(asking),
             // Nobody knows when the rest comes.
             Ok(_) if inner.in_part => Look::Ask(Asking::Once),
-            Ok(grant) => {
-                if inner.is_silent() {
-                    Look::Lease(grant)
-                } else {
-                    // Were Redis asked instead, its answer would have the next one ask, too.
-                    Look::Behind(Behind(inner.readings))
-                }
-            }
+            Ok(grant) if inner.is_silent() => Look::Lease(grant),
+            // Were Redis asked instead, its answer would have the next one ask, too.
+            Ok(_) => Look::Behind(Behind(inner.readings)),
         }
     }
 
@@ -198,14 +193,11 @@ impl Known {
     pub fn look_again(&self, key: &str, now: Instant, clock: i64) -> Result<Grant, Asking> {
         let mut inner = self.inner();
         let found = inner.find(key, now, clock, self.span);
-        let is_behind = inner.in_part || inner.held_up;
-        found.and_then(|grant| {
-            if is_behind {
-                Err(Asking::Once)
-            } else {
-                Ok(grant)
-            }
-        })
+        if inner.in_part || inner.held_up {
+            found.and(Err(Asking::Once))
+        } else {
+            found
+        }
     }
 
     /// Redis, asked at `now`, has granted that to a key which it was not asked to tell of.

@@ -96,6 +96,7 @@ mod tests {
         here.shutdown(Shutdown::Both).unwrap();
         assert!(!watch.is_silent());
     }
+
     #[test]
     fn a_socket_that_its_reader_has_closed_still_counts() {
         let (mut watch, here, mut far) = watched();
