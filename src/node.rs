@@ -128,7 +128,7 @@ impl Node {
     }
 
     /// Puts a view of the same files in its place, made anew from the keyspace.
-    pub(crate) fn renew(&mut self, pool: Pool) {
+    pub(crate) fn adopt(&mut self, pool: Pool) {
         let was_suspect = is_suspect();
         self.replace(pool);
         match &mut self.rebuild {

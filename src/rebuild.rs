@@ -368,7 +368,7 @@ mod tests {
         rebuild.pool.observe_slots(Tier::Medium, "a", stale);
         node.rebuild = Some(rebuild);
         node::suspect();
-        node.renew(node.pool.without_keyspace());
+        node.adopt(node.pool.without_keyspace());
         assert!(node::is_ready());
         let rebuild = node.rebuild.as_ref().expect("somebody waits for it");
         assert_eq!(rebuild.pool.differences(&node.pool), 0);

@@ -2713,11 +2713,17 @@ fn a_known_lease_rotates_in_time() {
 fn every_request_asks_where_changes_are_not_told_of() {
     let server = Options::default().accounts(&["a", "b", "c"]).start();
     let mut redis = server.connect();
-    // What each is refused for the connection, and not for each request.
-    for (user, rights, refusals) in [
-        ("no-hello", &["+mpool.status"][..], 0),
-        ("no-tracking", &["+hello"], 0),
-        ("no-status", &["+hello", "+client|tracking"], 1),
+    // What each is refused for the connection, and not for each request. HELLO is
+    // allowed to all.
+    for (user, rights, refusals, what) in [
+        ("no-hello", &["+mpool.status"][..], 0, "CLIENT TRACKING"),
+        ("no-tracking", &["+hello"], 0, "CLIENT TRACKING"),
+        (
+            "no-status",
+            &["+hello", "+client|tracking"],
+            1,
+            "MPOOL.STATUS",
+        ),
     ] {
         let words = [
             "ACL",
@@ -2731,7 +2737,7 @@ fn every_request_asks_where_changes_are_not_told_of() {
         let upstream = telling();
         let forwarder = Forwarder::between(&server, &upstream)
             .args(&["--redis-user", user, "--lease-cache", "1h"])
-            .args(&["--threads", "1"])
+            .args(&["--threads", "2"])
             .env("MPOOL_REDIS_PASSWORD", "secret-of-redis")
             .start();
         let key = redis.pool_key();
@@ -2741,6 +2747,13 @@ fn every_request_asks_where_changes_are_not_told_of() {
             check_ok(&client.get("/", &key));
         }
         assert_eq!(asked(&server) - before, 5, "{user}");
+        let why = wait_for("the reason in the log", || {
+            let mut log = forwarder.log();
+            log.retain(|line| line.contains("asks for its own"));
+            (!log.is_empty()).then_some(log)
+        });
+        assert_eq!(why.len(), 1, "one for all threads: {why:?}");
+        assert!(why[0].ends_with(&format!("it refuses {what}")), "{why:?}");
         let refused = redis.run::<Vec<BTreeMap<String, Value>>>(&["ACL", "LOG"]);
         let refused = refused
             .iter()
@@ -2758,6 +2771,8 @@ fn every_request_asks_where_changes_are_not_told_of() {
         check_ok(&stage.get("/"));
     }
     assert_eq!(asked(&stage.server) - before, 5);
+    let log = stage.forwarder.log();
+    assert!(!log.iter().any(|line| line.contains("asks for its own")));
 }
 
 #[test]

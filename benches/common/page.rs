@@ -54,7 +54,7 @@ impl Page {
             is_kept: env::var_os(RESULTS).is_some(),
         };
         println!("\n{name}");
-        let mut all = vec![redis_version(), output("rustc", &["--version"])];
+        let mut all = vec![server_version(), output("rustc", &["--version"])];
         all.extend_from_slice(versions);
         page.table(format!("{}; {}", output("date", &["-u", "+%F"]), machine()));
         page.table(all.join(", "));
@@ -134,13 +134,12 @@ fn machine() -> String {
     )
 }
 
-fn redis_version() -> String {
+/// Such as "Redis 7.0.15" or "Valkey 8.1.1".
+fn server_version() -> String {
     let text = output(super::support::server_binary(), &["--version"]);
-    let version = text
-        .split("v=")
-        .nth(1)
-        .and_then(|rest| rest.split(' ').next());
-    format!("Redis {}", version.unwrap_or("unknown"))
+    let name = text.split(' ').next().unwrap_or_default();
+    let version = text.split(' ').find_map(|word| word.strip_prefix("v="));
+    format!("{name} {}", version.unwrap_or("unknown"))
 }
 
 /// The first line that a program prints, on stdout or else on stderr.

@@ -54,7 +54,7 @@ fn at_once(ctx: &Context) -> Result<Repaired, Failure> {
         } else {
             0
         };
-        node.renew(rebuilt);
+        node.adopt(rebuilt);
         Repaired {
             view,
             ..Repaired::default()

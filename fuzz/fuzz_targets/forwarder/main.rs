@@ -199,7 +199,7 @@ async fn talk(behaviour: Behaviour, manner: u8, bytes: &[u8]) -> (Vec<Message>, 
         seen: Arc::new(lender::Seen::new(Duration::from_secs(60))),
         accounts: Arc::default(),
         began: Instant::now(),
-        outage_told: Arc::default(),
+        told: Arc::default(),
         config: config(lease_cache),
     });
     let mut budgets = upload::Budget::shared(shared.config.limits.replay_memory, 1);

@@ -65,8 +65,8 @@ impl std::fmt::Display for Base {
 }
 
 impl Base {
-    /// The same in memory of its own: each request counts itself among those who use it, and
-    /// memory that two processors write by turns has to travel between them each time.
+    /// The same in memory of its own, for one thread ([`crate::metrics`] says why): each request
+    /// counts itself among those who use it.
     pub fn apart(&self) -> Self {
         self.to_string().parse().unwrap_or_else(|_| self.clone())
     }

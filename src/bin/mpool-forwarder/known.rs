@@ -129,14 +129,19 @@ impl Known {
         self.restart(Some(line));
     }
 
-    /// It tells of none any more, or is gone, and with it all that was known.
-    pub fn end(&self) {
-        self.restart(None);
+    /// It tells of none any more, or is gone, and with it all that was known. Answers whether
+    /// it did.
+    pub fn end(&self) -> bool {
+        self.restart(None)
     }
 
-    fn restart(&self, line: Option<SocketWatch>) {
-        let waiting = self.inner().restart(line);
+    fn restart(&self, line: Option<SocketWatch>) -> bool {
+        let mut inner = self.inner();
+        let was_told = inner.line.is_some();
+        let waiting = inner.restart(line);
+        drop(inner);
         waiting.into_iter().for_each(Waker::wake);
+        was_told
     }
 
     /// All that had come on the connection has been read, so many bytes, and what it told

@@ -76,8 +76,8 @@ pub struct Grant {
 }
 
 impl Grant {
-    /// The same in memory of its own. Each request counts itself among those who use it, and
-    /// memory that two processors write by turns has to travel between them each time.
+    /// The same in memory of its own, for one thread ([`crate::metrics`] says why): each request
+    /// counts itself among those who use it.
     pub fn apart(&self) -> Self {
         let lease = &self.lease;
         let credential = HeaderValue::from_bytes(lease.credential.as_bytes());
@@ -254,7 +254,7 @@ impl Lender {
         let status = reading.await.unwrap_or_default();
         if status.starts_with(b"-NOPERM") {
             // Not to be tried each time.
-            known.end();
+            self.link.stop_remembering("it refuses MPOOL.STATUS");
         }
         let end = Fields::of(&status).and_then(|status| status.expires_at);
         match (&asked, end) {

@@ -14,7 +14,7 @@ use redis::Value;
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
@@ -38,6 +38,9 @@ const NAME: &[u8] = b"mpool-forwarder";
 #[derive(Clone, Copy, Debug)]
 pub enum Event {
     Up,
+    /// Over the connection that is up, Redis is not to tell of changes, though that is
+    /// wanted, and why.
+    Untold(&'static str),
     Lost,
     /// It can't be made, and why; said each time.
     Down(&'static str),
@@ -84,7 +87,10 @@ pub struct Link {
     questions: mpsc::UnboundedSender<Question>,
     outage: Arc<Outage>,
     pub known: Arc<Known>,
+    said: Said,
 }
+
+type Said = Arc<dyn Fn(Event) + Send + Sync>;
 
 /// Since when Redis has given no verdict.
 #[derive(Debug, Default)]
@@ -108,6 +114,7 @@ impl Link {
         let (questions, waiting) = mpsc::unbounded_channel();
         let outage = Arc::new(Outage::default());
         let known = Arc::new(known);
+        let said: Said = Arc::new(said);
         let keeper = Keeper {
             known: Arc::clone(&known),
             outage: Arc::clone(&outage),
@@ -115,13 +122,21 @@ impl Link {
             waiting,
             pending: VecDeque::new(),
             lost_at: Instant::now(),
-            said,
+            said: Arc::clone(&said),
         };
         tokio::spawn(keeper.run(target));
         Self {
             questions,
             outage,
             known,
+            said,
+        }
+    }
+
+    /// Nothing is remembered on this connection any more, and why.
+    pub fn stop_remembering(&self, why: &'static str) {
+        if self.known.end() {
+            (self.said)(Event::Untold(why));
         }
     }
 
@@ -170,7 +185,7 @@ impl Link {
 }
 
 /// The task that has the connection.
-struct Keeper<S> {
+struct Keeper {
     known: Arc<Known>,
     outage: Arc<Outage>,
     patience: Duration,
@@ -178,7 +193,7 @@ struct Keeper<S> {
     /// Questions that wait for a connection.
     pending: VecDeque<Question>,
     lost_at: Instant,
-    said: S,
+    said: Said,
 }
 
 /// Why a phase of the keeper's life is over.
@@ -188,7 +203,7 @@ enum Over {
     Closed,
 }
 
-impl<S: Fn(Event) + Send + Sync + 'static> Keeper<S> {
+impl Keeper {
     async fn run(mut self, mut target: RedisTarget) {
         let mut pause = PAUSE.0;
         loop {
@@ -198,8 +213,11 @@ impl<S: Fn(Event) + Send + Sync + 'static> Keeper<S> {
                 Ok(Err(why)) => {
                     (self.said)(Event::Down(why));
                 }
-                Ok(Ok(line)) => {
+                Ok(Ok((line, untold))) => {
                     (self.said)(Event::Up);
+                    if let Some(why) = untold {
+                        (self.said)(Event::Untold(why));
+                    }
                     let (over, answered) = self.converse(line).await;
                     self.known.end();
                     (self.said)(Event::Lost);
@@ -226,7 +244,7 @@ impl<S: Fn(Event) + Send + Sync + 'static> Keeper<S> {
     async fn connect(
         &mut self,
         target: &mut RedisTarget,
-    ) -> Result<Result<Line, &'static str>, Over> {
+    ) -> Result<Result<(Line, Option<&'static str>), &'static str>, Over> {
         let patience = self.patience;
         // Asking Sentinels takes more than one step.
         let (known, outage) = (Arc::clone(&self.known), Arc::clone(&self.outage));
@@ -503,13 +521,13 @@ trait Transport: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Transport for T {}
 
 /// Connects and logs in. Answers why it can't, in words that hold nothing of
-/// what was sent.
+/// what was sent, and beside the connection why Redis is not to tell of changes, if it isn't.
 async fn open(
     target: &mut RedisTarget,
     patience: Duration,
     known: &Known,
     outage: &Outage,
-) -> Result<Line, &'static str> {
+) -> Result<(Line, Option<&'static str>), &'static str> {
     let (host, port) = target.address().await?;
     let connecting = tokio::net::TcpStream::connect((host.as_str(), port));
     let stream = timeout(patience, connecting)
@@ -561,21 +579,27 @@ async fn open(
             return Err("Redis is loading its data");
         }
     }
-    // Nor need it be allowed to be told of changes: then every request asks.
-    if let Some(Ok(socket)) = socket
-        && let Ok(watch) = SocketWatch::new(socket)
-        && line.tells_of_changes(patience).await?
-    {
-        known.begin(watch);
-    }
-    Ok(line)
+    let untold = match socket {
+        Some(socket) => line.follow(patience, socket, known).await?,
+        None => None,
+    };
+    Ok((line, untold))
 }
 
 impl Line {
-    async fn tells_of_changes(&mut self, patience: Duration) -> Result<bool, &'static str> {
+    /// Has Redis tell of changes, if it does; answers why it doesn't. Then every request asks.
+    async fn follow(
+        &mut self,
+        patience: Duration,
+        socket: io::Result<OwnedFd>,
+        known: &Known,
+    ) -> Result<Option<&'static str>, &'static str> {
+        let Ok(watch) = socket.and_then(SocketWatch::new) else {
+            return Ok(Some("the system allows no further descriptor or epoll"));
+        };
         let hello = self.ask(patience, &[b"HELLO", b"3"]).await?;
         if !hello.starts_with(b"%") {
-            return Ok(false);
+            return Ok(Some("it refuses HELLO 3"));
         }
         let [registration, lease] = known::NAMES.map(str::as_bytes);
         let words: [&[u8]; 8] = [
@@ -589,7 +613,11 @@ impl Line {
             lease,
         ];
         let tracking = self.ask(patience, &words).await?;
-        Ok(tracking.starts_with(b"+"))
+        if !tracking.starts_with(b"+") {
+            return Ok(Some("it refuses CLIENT TRACKING"));
+        }
+        known.begin(watch);
+        Ok(None)
     }
 
     /// One question while nobody else has the connection. What comes behind the answer

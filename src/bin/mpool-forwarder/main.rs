@@ -124,7 +124,7 @@ async fn serve(config: Config) -> Result<(), String> {
         seen: Arc::new(lender::Seen::new(config.grace)),
         accounts: Arc::default(),
         began: Instant::now(),
-        outage_told: Arc::default(),
+        told: Arc::default(),
         config,
     });
     let admin = Arc::new(Admin {

@@ -130,6 +130,12 @@ struct Sum<T: 'static> {
     part: fn(&Share) -> &T,
 }
 
+impl<T> Clone for Sum<T> {
+    fn clone(&self) -> Self {
+        Self::new(&self.shares, self.part)
+    }
+}
+
 impl<T> Sum<T> {
     fn new(shares: &Shares, part: fn(&Share) -> &T) -> Self {
         Self {
@@ -309,7 +315,7 @@ impl Metrics {
         registry.register(
             "requests_in_flight",
             "Requests under way",
-            Sum::<AtomicI64>::new(&shares, |share| &share.in_flight),
+            metrics.in_flight.clone(),
         );
         registry.register(
             "connections",

@@ -50,8 +50,16 @@ pub struct Shared {
     pub seen: Arc<Seen>,
     pub accounts: Arc<crate::accounts::Accounts>,
     pub began: Instant,
-    /// Why Redis can't be asked, as far as the log says so since it last could.
-    pub outage_told: Arc<Mutex<Vec<&'static str>>>,
+    pub told: Arc<Mutex<Told>>,
+}
+
+/// What the log says of Redis already.
+#[derive(Debug, Default)]
+pub struct Told {
+    /// Why it can't be asked, since it last could.
+    down: Vec<&'static str>,
+    /// Why it tells of no changes, since any connection was made.
+    untold: Vec<&'static str>,
 }
 
 impl Shared {
@@ -59,33 +67,48 @@ impl Shared {
     /// changed are used again for that span.
     pub fn lender(&self, span: Duration) -> Result<Lender, String> {
         let metrics = Arc::clone(&self.metrics);
-        let told = Arc::clone(&self.outage_told);
+        let told = Arc::clone(&self.told);
         let shown = self.config.redis.shown();
         let link = Link::start(
             self.config.redis.target()?,
             self.config.timeouts.redis,
             Known::new(span),
-            move |event| match event {
-                // Every thread has a connection; the first one speaks for all.
-                Event::Up => {
-                    told.lock().unwrap_or_else(PoisonError::into_inner).clear();
-                    if metrics.redis_up.inc() == 0 {
-                        tracing::info!(event = "redis", "connected to Redis at {shown}");
+            move |event| {
+                let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
+                match event {
+                    // Every thread has a connection; the first one speaks for all.
+                    Event::Up => {
+                        told.down.clear();
+                        if metrics.redis_up.inc() == 0 {
+                            told.untold.clear();
+                            tracing::info!(event = "redis", "connected to Redis at {shown}");
+                        }
                     }
-                }
-                Event::Lost => {
-                    if metrics.redis_up.dec() == 1 {
-                        tracing::error!(
-                            event = "redis",
-                            "the connection to Redis at {shown} is lost"
-                        );
+                    Event::Untold(why) => {
+                        if !told.untold.contains(&why) {
+                            told.untold.push(why);
+                            tracing::warn!(
+                                event = "redis",
+                                "Redis at {shown} tells of no changes of leases, so each request asks for its own: {why}"
+                            );
+                        }
                     }
-                }
-                Event::Down(why) => {
-                    let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
-                    if !told.contains(&why) {
-                        told.push(why);
-                        tracing::error!(event = "redis", "Redis at {shown} can't be asked: {why}");
+                    Event::Lost => {
+                        if metrics.redis_up.dec() == 1 {
+                            tracing::error!(
+                                event = "redis",
+                                "the connection to Redis at {shown} is lost"
+                            );
+                        }
+                    }
+                    Event::Down(why) => {
+                        if !told.down.contains(&why) {
+                            told.down.push(why);
+                            tracing::error!(
+                                event = "redis",
+                                "Redis at {shown} can't be asked: {why}"
+                            );
+                        }
                     }
                 }
             },
