@@ -2747,13 +2747,13 @@ fn every_request_asks_where_changes_are_not_told_of() {
             check_ok(&client.get("/", &key));
         }
         assert_eq!(asked(&server) - before, 5, "{user}");
-        let why = wait_for("the reason in the log", || {
+        let reason = format!("it refuses {what}");
+        let why = || {
             let mut log = forwarder.log();
-            log.retain(|line| line.contains("asks for its own"));
-            (!log.is_empty()).then_some(log)
-        });
-        assert_eq!(why.len(), 1, "one for all threads: {why:?}");
-        assert!(why[0].ends_with(&format!("it refuses {what}")), "{why:?}");
+            log.retain(|line| line.contains("not remembered") && line.ends_with(&reason));
+            log.len()
+        };
+        wait_for("the reason in the log", || (why() > 0).then_some(()));
         let refused = redis.run::<Vec<BTreeMap<String, Value>>>(&["ACL", "LOG"]);
         let refused = refused
             .iter()
@@ -2763,6 +2763,14 @@ fn every_request_asks_where_changes_are_not_told_of() {
             .filter_map(|entry| optional_number(&entry["count"]))
             .sum();
         assert_eq!(refused, refusals, "{user}");
+        // What a user may is asked once for each connection.
+        redis.ok(&["ACL", "SETUSER", user, "+mpool.status", "+client|tracking"]);
+        redis.run::<i64>(&["CLIENT", "KILL", "USER", user]);
+        wait_for("the forwarder to be back", || {
+            (client.get("/", &key).status() == 200).then_some(())
+        });
+        make_known(&server, &mut client, &key);
+        assert_eq!(why(), 1, "one for all threads");
     }
     // Nor where that is not wanted.
     let stage = Stage::on(server, telling(), &["--lease-cache", "0s"]);
@@ -2772,7 +2780,52 @@ fn every_request_asks_where_changes_are_not_told_of() {
     }
     assert_eq!(asked(&stage.server) - before, 5);
     let log = stage.forwarder.log();
-    assert!(!log.iter().any(|line| line.contains("asks for its own")));
+    assert!(!log.iter().any(|line| line.contains("not remembered")));
+}
+
+#[test]
+fn a_redis_that_is_busy_or_wants_a_login_is_asked_again() {
+    let server = Options::default().accounts(&["a"]).start();
+    let mut redis = server.connect();
+    let key = redis.pool_key();
+    let upstream = telling();
+    let start = || {
+        Forwarder::between(&server, &upstream)
+            .args(&["--lease-cache", "1h"])
+            .start()
+    };
+    let wait_for_reason = |forwarder: &Forwarder, why: &str| {
+        wait_for(why, || {
+            let log = forwarder.log();
+            log.iter().any(|line| line.ends_with(why)).then_some(())
+        });
+    };
+    redis.ok(&["CONFIG", "SET", "busy-reply-threshold", "20"]);
+    let mut script = server.connect();
+    let endless = std::thread::spawn(move || {
+        script.error(&["EVAL", "while true do end", "0"]);
+    });
+    wait_for("the script to run", || {
+        redis.try_run::<String>(&["PING"]).is_err().then_some(())
+    });
+    let busy = start();
+    wait_for_reason(&busy, "can't be asked: it is busy with a script");
+    redis.ok(&["SCRIPT", "KILL"]);
+    endless.join().unwrap();
+    let mut client = busy.client();
+    wait_for("Redis to be asked", || {
+        (client.get("/", &key).status() == 200).then_some(())
+    });
+    make_known(&server, &mut client, &key);
+
+    redis.ok(&["CONFIG", "SET", "requirepass", "secret-of-redis"]);
+    let stranger = start();
+    wait_for_reason(&stranger, "can't be asked: it wants a login");
+    check_redis_is_away(&stranger.client().get("/", &key));
+    for forwarder in [busy, stranger] {
+        let log = forwarder.log();
+        assert!(!log.iter().any(|line| line.contains("not remembered")));
+    }
 }
 
 #[test]

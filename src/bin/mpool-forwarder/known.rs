@@ -129,19 +129,14 @@ impl Known {
         self.restart(Some(line));
     }
 
-    /// It tells of none any more, or is gone, and with it all that was known. Answers whether
-    /// it did.
-    pub fn end(&self) -> bool {
-        self.restart(None)
+    /// It tells of none any more, or is gone, and with it all that was known.
+    pub fn end(&self) {
+        self.restart(None);
     }
 
-    fn restart(&self, line: Option<SocketWatch>) -> bool {
-        let mut inner = self.inner();
-        let was_told = inner.line.is_some();
-        let waiting = inner.restart(line);
-        drop(inner);
+    fn restart(&self, line: Option<SocketWatch>) {
+        let waiting = self.inner().restart(line);
         waiting.into_iter().for_each(Waker::wake);
-        was_told
     }
 
     /// All that had come on the connection has been read, so many bytes, and what it told
@@ -251,6 +246,19 @@ impl Known {
         if inner.is_asked(key, ticket) {
             inner.keys.remove(key);
         }
+    }
+
+    /// It has refused to say when the key ends, as it would for every key: nothing is known
+    /// any more. Answers false where that was said on a former connection.
+    pub fn denied(&self, key: &str, Ticket(ticket, _): Ticket) -> bool {
+        let mut inner = self.inner();
+        if !inner.is_asked(key, ticket) {
+            return false;
+        }
+        let waiting = inner.restart(None);
+        drop(inner);
+        waiting.into_iter().for_each(Waker::wake);
+        true
     }
 
     /// What is known of the key may no longer be so.
@@ -498,6 +506,23 @@ pub mod tests {
         assert!(is_known(&known, "y", now), "it was nothing of its own");
         known.end();
         assert!(matches!(known.look("y", now, 5), Look::Ask(Asking::Once)));
+    }
+
+    #[test]
+    fn a_refusal_counts_on_its_own_connection_alone() {
+        let now = Instant::now();
+        let (known, _here, _far) = line();
+        let ticket = meet(&known, "k", now);
+        let (other, _here, far) = line();
+        drop(other);
+        known.begin(SocketWatch::new(far.into()).unwrap());
+        learn(&known, "x", now);
+        assert!(!known.denied("k", ticket));
+        assert!(is_known(&known, "x", now));
+        let ticket = meet(&known, "k", now);
+        assert!(known.denied("k", ticket));
+        assert!(!known.is_told());
+        assert!(matches!(known.look("x", now, 5), Look::Ask(Asking::Once)));
     }
 
     /// What there is to catch up with, once something has come.

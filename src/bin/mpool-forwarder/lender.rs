@@ -254,7 +254,8 @@ impl Lender {
         let status = reading.await.unwrap_or_default();
         if status.starts_with(b"-NOPERM") {
             // Not to be tried each time.
-            self.link.stop_remembering("it refuses MPOOL.STATUS");
+            self.link.denied(key, ticket);
+            return asked;
         }
         let end = Fields::of(&status).and_then(|status| status.expires_at);
         match (&asked, end) {

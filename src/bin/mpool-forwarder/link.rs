@@ -4,7 +4,7 @@
 //! until then every question is answered at once that Redis can't be asked.
 
 use crate::config::RedisTarget;
-use crate::known::{self, Known};
+use crate::known::{self, Known, Ticket};
 use crate::lender::bytes_of;
 use crate::patience::Patience;
 use crate::resp;
@@ -38,9 +38,9 @@ const NAME: &[u8] = b"mpool-forwarder";
 #[derive(Clone, Copy, Debug)]
 pub enum Event {
     Up,
-    /// Over the connection that is up, Redis is not to tell of changes, though that is
-    /// wanted, and why.
-    Untold(&'static str),
+    /// Leases are not remembered over the connection that is up, though that is wanted,
+    /// and why.
+    Forgetful(&'static str),
     Lost,
     /// It can't be made, and why; said each time.
     Down(&'static str),
@@ -133,10 +133,10 @@ impl Link {
         }
     }
 
-    /// Nothing is remembered on this connection any more, and why.
-    pub fn stop_remembering(&self, why: &'static str) {
-        if self.known.end() {
-            (self.said)(Event::Untold(why));
+    /// The key's end can't be asked for, by that ticket, so nothing is remembered.
+    pub fn denied(&self, key: &str, ticket: Ticket) {
+        if self.known.denied(key, ticket) {
+            (self.said)(Event::Forgetful("it refuses MPOOL.STATUS"));
         }
     }
 
@@ -213,10 +213,10 @@ impl Keeper {
                 Ok(Err(why)) => {
                     (self.said)(Event::Down(why));
                 }
-                Ok(Ok((line, untold))) => {
+                Ok(Ok((line, forgetful))) => {
                     (self.said)(Event::Up);
-                    if let Some(why) = untold {
-                        (self.said)(Event::Untold(why));
+                    if let Some(why) = forgetful {
+                        (self.said)(Event::Forgetful(why));
                     }
                     let (over, answered) = self.converse(line).await;
                     self.known.end();
@@ -521,7 +521,7 @@ trait Transport: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Transport for T {}
 
 /// Connects and logs in. Answers why it can't, in words that hold nothing of
-/// what was sent, and beside the connection why Redis is not to tell of changes, if it isn't.
+/// what was sent, and beside the connection why leases are not remembered over it.
 async fn open(
     target: &mut RedisTarget,
     patience: Duration,
@@ -579,11 +579,23 @@ async fn open(
             return Err("Redis is loading its data");
         }
     }
-    let untold = match socket {
+    let forgetful = match socket {
         Some(socket) => line.follow(patience, socket, known).await?,
         None => None,
     };
-    Ok((line, untold))
+    Ok((line, forgetful))
+}
+
+/// That error says `why` leases can't be remembered, if it is not one that passes, or for
+/// which nothing can be asked.
+fn refusal(error: &[u8], why: &'static str) -> Result<Option<&'static str>, &'static str> {
+    if error.starts_with(b"-NOAUTH") {
+        Err("it wants a login")
+    } else if error.starts_with(b"-BUSY") {
+        Err("it is busy with a script")
+    } else {
+        Ok(Some(why))
+    }
 }
 
 impl Line {
@@ -599,7 +611,7 @@ impl Line {
         };
         let hello = self.ask(patience, &[b"HELLO", b"3"]).await?;
         if !hello.starts_with(b"%") {
-            return Ok(Some("it refuses HELLO 3"));
+            return refusal(&hello, "it does not speak RESP3");
         }
         let [registration, lease] = known::NAMES.map(str::as_bytes);
         let words: [&[u8]; 8] = [
@@ -614,7 +626,7 @@ impl Line {
         ];
         let tracking = self.ask(patience, &words).await?;
         if !tracking.starts_with(b"+") {
-            return Ok(Some("it refuses CLIENT TRACKING"));
+            return refusal(&tracking, "it refuses CLIENT TRACKING");
         }
         known.begin(watch);
         Ok(None)

@@ -21,6 +21,7 @@ use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::future::poll_fn;
 use std::io;
@@ -58,9 +59,13 @@ pub struct Shared {
 pub struct Told {
     /// Why it can't be asked, since it last could.
     down: Vec<&'static str>,
-    /// Why it tells of no changes, since any connection was made.
-    untold: Vec<&'static str>,
+    /// Why leases are not remembered, and when that was said last.
+    forgetful: BTreeMap<&'static str, Instant>,
 }
+
+/// How long the same reason why leases are not remembered is not said again: each thread
+/// finds it out for itself.
+const SAID: Duration = Duration::from_secs(10);
 
 impl Shared {
     /// Asks Redis from the runtime that this is called on. Leases that have not
@@ -80,16 +85,17 @@ impl Shared {
                     Event::Up => {
                         told.down.clear();
                         if metrics.redis_up.inc() == 0 {
-                            told.untold.clear();
                             tracing::info!(event = "redis", "connected to Redis at {shown}");
                         }
                     }
-                    Event::Untold(why) => {
-                        if !told.untold.contains(&why) {
-                            told.untold.push(why);
+                    Event::Forgetful(why) => {
+                        let now = Instant::now();
+                        let last = told.forgetful.get(why);
+                        if last.is_none_or(|last| now.duration_since(*last) >= SAID) {
+                            told.forgetful.insert(why, now);
                             tracing::warn!(
                                 event = "redis",
-                                "Redis at {shown} tells of no changes of leases, so each request asks for its own: {why}"
+                                "leases from Redis at {shown} are asked for at each request, not remembered: {why}"
                             );
                         }
                     }
