@@ -6,9 +6,10 @@
 //! two, a page has ten rows. Each command has the time of a call as a client sees
 //! it that waits for each answer (the median call's), the server's CPU time for a
 //! call in pipelines, and the longest stall during such pipelines (see
-//! common/probe.rs). Beside them stand those of plain Redis: the reads of a lease, over
-//! as many keys, and the writes that a choice comes down to, over a key for each call
-//! at the most. They show how much of any growth is the machine's memory.
+//! common/probe.rs). Beside them stand those of plain Redis: the reads of a lease, and the
+//! writes that a choice comes down to, over as many keys and accounts on a server without
+//! the module.
+//! They show how much of any growth is the server's own, and the machine's memory.
 //!
 //! All sizes are measured side by side, round after round, in one run; figures
 //! are medians, with the least and the most beside them, and ratios are taken
@@ -93,12 +94,42 @@ enum How {
 
 const HOWS: [How; 3] = [How::Awaited, How::Piped, How::Watched];
 
-/// One size of pool, with a server of its own.
+/// A server, and who has it work.
+struct Place {
+    server: Server,
+    link: Link,
+}
+
+impl Place {
+    fn new(server: Server) -> Self {
+        let link = Link::open(server.port);
+        Self { server, link }
+    }
+
+    /// What the calls cost together, or the longest stall in them.
+    fn cost(&mut self, how: How, calls: Vec<Vec<u8>>, replies: usize) -> f64 {
+        let pid = self.server.pid();
+        let link = &mut self.link;
+        match how {
+            How::Awaited => link.awaited_each(calls, replies),
+            How::Piped => link.piped_each(pid, calls, replies),
+            How::Watched => {
+                stall_of(self.server.port, || {
+                    link.piped_each(pid, calls, replies);
+                })
+                .own
+            }
+        }
+    }
+}
+
+/// One size of pool, with servers of its own.
 struct Cell {
     name: String,
-    server: Server,
+    pool: Place,
     client: Client,
-    link: Link,
+    /// Without the module: the same keys, written as a choice writes them.
+    plain: Place,
     keys: Vec<String>,
     accounts: usize,
     slots: usize,
@@ -132,6 +163,10 @@ impl Cell {
         let server = options
             .module(&["slots-per-account", &table.slots.to_string()])
             .start();
+        let bare = Options {
+            bare: true,
+            ..Options::default()
+        };
         let mut client = server.connect();
         wait_long("the accounts", PATIENCE, || {
             (client.run::<usize>(&["DBSIZE"]) == accounts).then_some(())
@@ -139,9 +174,9 @@ impl Cell {
         let keys = (0..keys as u64).map(|n| format!("sk-cli-v1-{:064x}", mix(n)));
         let mut cell = Self {
             name,
-            link: Link::open(server.port),
-            server,
+            pool: Place::new(server),
             client,
+            plain: Place::new(bare.start()),
             keys: keys.collect(),
             accounts,
             slots: table.slots,
@@ -152,10 +187,21 @@ impl Cell {
             next_account: 0,
             figures: BTreeMap::new(),
         };
-        cell.link.run(cell.keys.iter().map(|key| registration(key)));
+        let registrations: Vec<_> = cell.keys.iter().map(|key| registration(key)).collect();
         let leases = (0..cell.keys.len()).map(|n| acquire(cell.key(n), n as i64 * STEP));
         let leases: Vec<_> = leases.collect();
-        cell.link.run(leases);
+        let written: Vec<_> = cell
+            .keys
+            .iter()
+            .zip(0..)
+            .map(|(key, n)| cell.lease(key, n))
+            .collect();
+        let slots = (0..accounts).map(|n| slots(&account_name(n), "1"));
+        cell.plain.link.run(slots);
+        cell.plain.link.run(registrations.iter().cloned());
+        cell.plain.link.run(written);
+        cell.pool.link.run(registrations);
+        cell.pool.link.run(leases);
         // What creating so many has left to do is not to be measured.
         cell.client.ok(&["MPOOL.REPAIR"]);
         cell
@@ -188,22 +234,6 @@ impl Cell {
         }
     }
 
-    /// What the calls cost together, or the longest stall in them.
-    fn cost(&mut self, how: How, calls: Vec<Vec<u8>>, replies: usize) -> f64 {
-        let pid = self.server.pid();
-        let link = &mut self.link;
-        match how {
-            How::Awaited => link.awaited_each(calls, replies),
-            How::Piped => link.piped_each(pid, calls, replies),
-            How::Watched => {
-                stall_of(self.server.port, || {
-                    link.piped_each(pid, calls, replies);
-                })
-                .own
-            }
-        }
-    }
-
     /// Calls that change nothing of the pool.
     fn one_lot(&mut self, op: Op, how: How, count: usize) -> f64 {
         let keys = self.keys.len() as u64;
@@ -220,16 +250,15 @@ impl Cell {
                 let name = format!("key_rotation:{}", some(n as u64));
                 pack(&["HMGET", &name, "account", "next_rotation"])
             }
-            Op::Writes => self.plain_choice(n),
+            Op::Writes => self.plain_choice(some(n as u64), n),
             _ => acquire(some(n as u64), self.now),
         };
         let calls = (0..count).map(call).collect();
-        let replies = match op {
-            Op::Writes if self.moves => 3,
-            Op::Writes => 2,
-            _ => 1,
-        };
-        self.cost(how, calls, replies)
+        match op {
+            Op::Writes if self.moves => self.plain.cost(how, calls, 3),
+            Op::Writes => self.plain.cost(how, calls, 2),
+            _ => self.pool.cost(how, calls, 1),
+        }
     }
 
     /// Has so many keys choose or be released, in the order in which they do.
@@ -255,15 +284,15 @@ impl Cell {
             self.now = now(self.chosen - 1);
             let cost = match op {
                 Op::Release => {
-                    let cost = self.cost(how, releases, 1);
-                    self.link.run(acquires);
+                    let cost = self.pool.cost(how, releases, 1);
+                    self.pool.link.run(acquires);
                     cost
                 }
                 Op::FirstUse => {
-                    self.link.run(releases);
-                    self.cost(how, acquires, 1)
+                    self.pool.link.run(releases);
+                    self.pool.cost(how, acquires, 1)
                 }
-                _ => self.cost(how, acquires, 1),
+                _ => self.pool.cost(how, acquires, 1),
             };
             total = how.add(total, cost);
             left -= batch;
@@ -306,16 +335,19 @@ impl Cell {
             let now = self.now.to_string();
             let cool =
                 |account: &String, ms: &str| pack(&["MPOOL.COOLDOWN", "medium", account, &now, ms]);
-            self.link
+            self.pool
+                .link
                 .run(lost.iter().map(|account| cool(account, COOLDOWN)));
             let calls = losers.iter().map(|&key| acquire(&self.keys[key], self.now));
             let mut calls: Vec<_> = calls.collect();
             let rest = calls.split_off(left.min(calls.len()));
             left -= calls.len();
-            let cost = self.cost(how, calls, 1);
+            let cost = self.pool.cost(how, calls, 1);
             total = how.add(total, cost);
-            self.link.run(rest);
-            self.link.run(lost.iter().map(|account| cool(account, "0")));
+            self.pool.link.run(rest);
+            self.pool
+                .link
+                .run(lost.iter().map(|account| cool(account, "0")));
             for (place, account) in losers.iter().zip(self.accounts_of(&losers)) {
                 assert!(
                     !lost.contains(&account),
@@ -340,21 +372,26 @@ impl Cell {
         found
     }
 
-    /// The writes of a choice over another key.
-    fn plain_choice(&self, n: usize) -> Vec<u8> {
-        let account = |n: usize| account_name(mix(n as u64) as usize % self.accounts);
-        let key = format!("plain:rotation:{}", self.key(n));
-        let (new, old) = (account(n), account(n.saturating_sub(self.keys.len())));
-        let now = n.to_string();
-        let words = ["HSET", &key, "account", &new, "next_rotation", &now];
-        let rest = ["last_rotation", &now, "previous_account", &old];
-        let slots = |account: &str, used| pack(&["SET", &format!("plain:slots:{account}"), used]);
-        let mut writes = pack(&[&words[..], &rest].concat());
-        writes.extend(slots(&new, "1"));
+    /// The writes of a choice.
+    fn plain_choice(&self, key: &str, n: usize) -> Vec<u8> {
+        let mut writes = self.lease(key, n);
+        writes.extend(slots(&self.account(n), "1"));
         if self.moves {
-            writes.extend(slots(&old, "0"));
+            writes.extend(slots(&self.account(n + 1), "0"));
         }
         writes
+    }
+
+    fn lease(&self, key: &str, n: usize) -> Vec<u8> {
+        let (new, old) = (self.account(n), self.account(n + 1));
+        let (name, now) = (format!("key_rotation:{key}"), n.to_string());
+        let words = ["HSET", &name, "account", &new, "next_rotation", &now];
+        let rest = ["last_rotation", &now, "previous_account", &old];
+        pack(&[&words[..], &rest].concat())
+    }
+
+    fn account(&self, n: usize) -> String {
+        account_name(mix(n as u64) as usize % self.accounts)
     }
 }
 
@@ -369,6 +406,10 @@ impl How {
 
 fn account_name(number: usize) -> String {
     format!("account-{number:06}")
+}
+
+fn slots(account: &str, used: &str) -> Vec<u8> {
+    pack(&["SET", &format!("medium_pool:slots:{account}"), used])
 }
 
 fn acquire(key: &str, now: i64) -> Vec<u8> {
