@@ -8,8 +8,8 @@
 //! call in pipelines, and the longest stall during such pipelines (see
 //! common/probe.rs). Beside them stand those of plain Redis: the reads of a lease, and the
 //! writes that a choice comes down to, over as many keys and accounts on a server without
-//! the module.
-//! They show how much of any growth is the server's own, and the machine's memory.
+//! the module. They show how much of any growth is the server's own, and the machine's
+//! memory.
 //!
 //! All sizes are measured side by side, round after round, in one run; figures
 //! are medians, with the least and the most beside them, and ratios are taken
@@ -25,7 +25,8 @@ use common::page::{Bar, Page};
 use common::probe::stall_of;
 use common::support::{Client, DAY, Options, Server, wait_long};
 use common::{
-    Link, median, mix, pack, pairs, progress, range, registration, setting, short, spread,
+    Link, median, mix, pack, pairs, plain_lease, plain_slots, progress, range, registration,
+    setting, short, spread,
 };
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -187,7 +188,10 @@ impl Cell {
             next_account: 0,
             figures: BTreeMap::new(),
         };
-        let registrations: Vec<_> = cell.keys.iter().map(|key| registration(key)).collect();
+        for place in [&mut cell.pool, &mut cell.plain] {
+            let registrations = cell.keys.iter().map(|key| registration(key));
+            place.link.run(registrations);
+        }
         let leases = (0..cell.keys.len()).map(|n| acquire(cell.key(n), n as i64 * STEP));
         let leases: Vec<_> = leases.collect();
         let written: Vec<_> = cell
@@ -196,11 +200,9 @@ impl Cell {
             .zip(0..)
             .map(|(key, n)| cell.lease(key, n))
             .collect();
-        let slots = (0..accounts).map(|n| slots(&account_name(n), "1"));
+        let slots = (0..accounts).map(|n| plain_slots(&account_name(n), "1"));
         cell.plain.link.run(slots);
-        cell.plain.link.run(registrations.iter().cloned());
         cell.plain.link.run(written);
-        cell.pool.link.run(registrations);
         cell.pool.link.run(leases);
         // What creating so many has left to do is not to be measured.
         cell.client.ok(&["MPOOL.REPAIR"]);
@@ -375,19 +377,17 @@ impl Cell {
     /// The writes of a choice.
     fn plain_choice(&self, key: &str, n: usize) -> Vec<u8> {
         let mut writes = self.lease(key, n);
-        writes.extend(slots(&self.account(n), "1"));
+        writes.extend(plain_slots(&self.account(n), "1"));
         if self.moves {
-            writes.extend(slots(&self.account(n + 1), "0"));
+            writes.extend(plain_slots(&self.account(n + 1), "0"));
         }
         writes
     }
 
     fn lease(&self, key: &str, n: usize) -> Vec<u8> {
         let (new, old) = (self.account(n), self.account(n + 1));
-        let (name, now) = (format!("key_rotation:{key}"), n.to_string());
-        let words = ["HSET", &name, "account", &new, "next_rotation", &now];
-        let rest = ["last_rotation", &now, "previous_account", &old];
-        pack(&[&words[..], &rest].concat())
+        let now = n.to_string();
+        plain_lease(key, [&new, &old], &now, &now)
     }
 
     fn account(&self, n: usize) -> String {
@@ -406,10 +406,6 @@ impl How {
 
 fn account_name(number: usize) -> String {
     format!("account-{number:06}")
-}
-
-fn slots(account: &str, used: &str) -> Vec<u8> {
-    pack(&["SET", &format!("medium_pool:slots:{account}"), used])
 }
 
 fn acquire(key: &str, now: i64) -> Vec<u8> {

@@ -12,7 +12,9 @@ mod common;
 
 use common::page::{Bar, Page};
 use common::support::{DAY, Options, Server};
-use common::{Link, extreme, median, mix, pack, progress, range, registration, setting, spread};
+use common::{
+    Link, extreme, median, mix, pack, plain_slots, progress, range, registration, setting, spread,
+};
 use redis::Value;
 use std::path::Path;
 
@@ -54,8 +56,7 @@ impl Side {
         let script = server.connect().run(&["SCRIPT", "LOAD", &text]);
         let mut link = Link::open(server.port);
         for account in accounts {
-            let slots = format!("medium_pool:slots:{account}");
-            link.run([pack(&["SET", &slots, "0"])]);
+            link.run([plain_slots(account, "0")]);
             link.run([pack(&["ZADD", "peer:by_use", "0", account])]);
         }
         Self {

@@ -20,7 +20,10 @@ mod common;
 use common::page::{Bar, Page};
 use common::probe::{Probe, Stall, stall_of};
 use common::support::{DAY, Options, Server, bearer, wait_long};
-use common::{Link, median, mix, pack, pairs, progress, range, setting, spread};
+use common::{
+    Link, median, mix, pack, pairs, plain_lease, plain_slots, progress, range, setting, slots_key,
+    spread,
+};
 use std::fs;
 use std::path::PathBuf;
 use std::thread::sleep;
@@ -87,15 +90,14 @@ fn acquire(key: &str, ms: usize) -> Vec<u8> {
     pack(&["MPOOL.ACQUIRE", key, &at(ms)])
 }
 
-/// The writes that a lease comes down to.
-fn plain_lease(key: &str, number: usize) -> [Vec<u8>; 2] {
-    let (account, now, next) = (lender(number), at(number), at(number + DAY as usize));
-    let name = format!("key_rotation:{key}");
-    let words = ["HSET", &name, "account", &account, "next_rotation", &next];
-    let before = lender(number + 1);
-    let rest = ["last_rotation", &now, "previous_account", &before];
-    let lease = pack(&[&words[..], &rest].concat());
-    [lease, plain_slots(&account)]
+/// The writes that a choice comes down to.
+fn plain_choice(key: &str, number: usize) -> [Vec<u8>; 2] {
+    let (account, before) = (lender(number), lender(number + 1));
+    let (now, next) = (at(number), at(number + DAY as usize));
+    [
+        plain_lease(key, [&account, &before], &now, &next),
+        plain_slots(&account, "1"),
+    ]
 }
 
 /// The writes that a release comes down to.
@@ -104,16 +106,8 @@ fn plain_release(key: &str, number: usize) -> [Vec<u8>; 3] {
     [
         pack(&["HSET", &name, "previous_account", &account]),
         pack(&["HDEL", &name, "account", "next_rotation"]),
-        plain_slots(&account),
+        plain_slots(&account, "1"),
     ]
-}
-
-fn plain_slots(account: &str) -> Vec<u8> {
-    pack(&["SET", &slots_key(account), "1"])
-}
-
-fn slots_key(account: &str) -> String {
-    format!("medium_pool:slots:{account}")
 }
 
 /// What is preloaded into the servers.
@@ -272,7 +266,7 @@ impl Bench {
                 "stalls: account files, round {round} of {}",
                 self.rounds
             ));
-            let makes = (0..self.accounts).map(|number| plain_slots(&account(number)));
+            let makes = (0..self.accounts).map(|number| plain_slots(&account(number), "1"));
             let drops =
                 (0..self.accounts).map(|number| pack(&["DEL", &slots_key(&account(number))]));
             let arrive = || {
@@ -338,7 +332,7 @@ impl Bench {
                     link.run(numbers.by_ref().take(PORTION).flat_map(|number| {
                         let key = client_key(number);
                         let [record, released] = used_key(&key, number);
-                        let [lease, slots] = plain_lease(&key, number);
+                        let [lease, slots] = plain_choice(&key, number);
                         [record, released, lease, slots]
                     }));
                 }
@@ -374,7 +368,7 @@ impl Bench {
                             let writes = plain_release(&key, number);
                             { writes }
                                 .into_iter()
-                                .chain(plain_lease(&key, number))
+                                .chain(plain_choice(&key, number))
                                 .collect()
                         }
                     }));

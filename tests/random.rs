@@ -91,12 +91,13 @@ impl Run {
         status["invalid_files"].clone()
     }
 
-    fn step(&mut self) {
+    /// `invalid` are the files that can't be used just before.
+    fn step(&mut self, invalid: &Value) {
         let key = self.key();
         let account = self.pick(&ACCOUNTS);
         let now = self.now.to_string();
         match self.rng.random_range(0..100) {
-            0..40 => self.acquire(&key),
+            0..40 => self.acquire(&key, invalid),
             40..48 => drop(self.go(&["MPOOL.RELEASE", &key])),
             48..50 => drop(self.go(&["MPOOL.RELEASE", &key, &now])),
             50..53 => {
@@ -152,9 +153,8 @@ impl Run {
         }
     }
 
-    fn acquire(&mut self, key: &str) {
+    fn acquire(&mut self, key: &str, invalid: &Value) {
         let (now, at) = (self.now, self.now.to_string());
-        let before = self.invalid_files();
         if let Some(lease) = self.go(&["MPOOL.ACQUIRE", key, &at]) {
             let lease: BTreeMap<String, Value> = redis::from_redis_value_ref(&lease).unwrap();
             let (account, state) = (text(&lease["account"]), text(&lease["state"]));
@@ -163,7 +163,7 @@ impl Run {
                 let used = ["partial", "full"].map(|state| Some(state.to_owned()));
                 // A file that stays half-written may have been given up since.
                 assert!(
-                    used.contains(&shown) || self.invalid_files() != before,
+                    used.contains(&shown) || self.invalid_files() != *invalid,
                     "{state} on an account that is {shown:?}"
                 );
             }
@@ -297,7 +297,7 @@ fn any_sequence_leaves_a_pool_that_agrees_with_itself() {
     };
     for step in 0..steps {
         let before = run.invalid_files();
-        run.step();
+        run.step(&before);
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             run.client.check_invariants(2);
             if step % 3 == 0 {

@@ -100,6 +100,25 @@ pub fn registration(key: &str) -> Vec<u8> {
     pack(&[&words[..], &rest].concat())
 }
 
+/// Writes a key's lease as the module does: of the first account, the second one being the
+/// one before, from `last` to `next`.
+pub fn plain_lease(key: &str, [account, before]: [&str; 2], last: &str, next: &str) -> Vec<u8> {
+    let name = format!("key_rotation:{key}");
+    let words = ["HSET", &name, "account", account, "next_rotation", next];
+    let rest = ["last_rotation", last, "previous_account", before];
+    pack(&[&words[..], &rest].concat())
+}
+
+/// The name of an account's counter.
+pub fn slots_key(account: &str) -> String {
+    format!("medium_pool:slots:{account}")
+}
+
+/// Writes an account's counter.
+pub fn plain_slots(account: &str, used: &str) -> Vec<u8> {
+    pack(&["SET", &slots_key(account), used])
+}
+
 /// A connection that sends pipelines and reads past replies as fast as it can.
 pub struct Link {
     stream: TcpStream,

@@ -126,16 +126,17 @@ impl Known {
 
     /// Redis tells of changes from now on, over a connection with this socket.
     pub fn begin(&self, line: SocketWatch) {
-        self.restart(Some(line));
+        Self::restart(self.inner(), Some(line));
     }
 
     /// It tells of none any more, or is gone, and with it all that was known.
     pub fn end(&self) {
-        self.restart(None);
+        Self::restart(self.inner(), None);
     }
 
-    fn restart(&self, line: Option<SocketWatch>) {
-        let waiting = self.inner().restart(line);
+    fn restart(mut inner: MutexGuard<'_, Inner>, line: Option<SocketWatch>) {
+        let waiting = inner.restart(line);
+        drop(inner);
         waiting.into_iter().for_each(Waker::wake);
     }
 
@@ -251,14 +252,12 @@ impl Known {
     /// It has refused to say when the key ends, as it would for every key: nothing is known
     /// any more. Answers false where that was said on a former connection.
     pub fn denied(&self, key: &str, Ticket(ticket, _): Ticket) -> bool {
-        let mut inner = self.inner();
-        if !inner.is_asked(key, ticket) {
-            return false;
+        let inner = self.inner();
+        let is_asked = inner.is_asked(key, ticket);
+        if is_asked {
+            Self::restart(inner, None);
         }
-        let waiting = inner.restart(None);
-        drop(inner);
-        waiting.into_iter().for_each(Waker::wake);
-        true
+        is_asked
     }
 
     /// What is known of the key may no longer be so.

@@ -213,9 +213,9 @@ impl Keeper {
                 Ok(Err(why)) => {
                     (self.said)(Event::Down(why));
                 }
-                Ok(Ok((line, forgetful))) => {
+                Ok(Ok(line)) => {
                     (self.said)(Event::Up);
-                    if let Some(why) = forgetful {
+                    if let Some(why) = line.forgetful {
                         (self.said)(Event::Forgetful(why));
                     }
                     let (over, answered) = self.converse(line).await;
@@ -244,7 +244,7 @@ impl Keeper {
     async fn connect(
         &mut self,
         target: &mut RedisTarget,
-    ) -> Result<Result<(Line, Option<&'static str>), &'static str>, Over> {
+    ) -> Result<Result<Line, &'static str>, Over> {
         let patience = self.patience;
         // Asking Sentinels takes more than one step.
         let (known, outage) = (Arc::clone(&self.known), Arc::clone(&self.outage));
@@ -440,7 +440,7 @@ impl Talk {
 
     fn read(&mut self, cx: &mut Context<'_>) -> Result<(), End> {
         loop {
-            let Line { stream, came } = &mut self.line;
+            let Line { stream, came, .. } = &mut self.line;
             // A long message is looked at from its beginning each time: in few steps.
             came.reserve(came.len().max(4 << 10));
             let reading = std::pin::pin!(stream.read_buf(came));
@@ -515,19 +515,21 @@ struct Line {
     stream: Box<dyn Transport>,
     /// What has come on it and is still to be taken in.
     came: BytesMut,
+    /// Why leases are not remembered over it, though that is wanted.
+    forgetful: Option<&'static str>,
 }
 
 trait Transport: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Transport for T {}
 
 /// Connects and logs in. Answers why it can't, in words that hold nothing of
-/// what was sent, and beside the connection why leases are not remembered over it.
+/// what was sent.
 async fn open(
     target: &mut RedisTarget,
     patience: Duration,
     known: &Known,
     outage: &Outage,
-) -> Result<(Line, Option<&'static str>), &'static str> {
+) -> Result<Line, &'static str> {
     let (host, port) = target.address().await?;
     let connecting = tokio::net::TcpStream::connect((host.as_str(), port));
     let stream = timeout(patience, connecting)
@@ -557,6 +559,7 @@ async fn open(
     let mut line = Line {
         stream,
         came: BytesMut::with_capacity(16 << 10),
+        forgetful: None,
     };
     if let Some(login) = &target.login {
         let words: Vec<&[u8]> = login.iter().map(|word| word.as_bytes()).collect();
@@ -579,11 +582,10 @@ async fn open(
             return Err("Redis is loading its data");
         }
     }
-    let forgetful = match socket {
-        Some(socket) => line.follow(patience, socket, known).await?,
-        None => None,
-    };
-    Ok((line, forgetful))
+    if let Some(socket) = socket {
+        line.forgetful = line.follow(patience, socket, known).await?;
+    }
+    Ok(line)
 }
 
 /// That error says `why` leases can't be remembered, if it is not one that passes, or for
@@ -635,7 +637,7 @@ impl Line {
     /// One question while nobody else has the connection. What comes behind the answer
     /// stays to be taken in.
     async fn ask(&mut self, patience: Duration, words: &[&[u8]]) -> Result<BytesMut, &'static str> {
-        let Self { stream, came } = self;
+        let Self { stream, came, .. } = self;
         let asking = async {
             stream
                 .write_all(&resp::command(words))
@@ -683,6 +685,7 @@ mod tests {
         let line = Line {
             stream: Box::new(here),
             came: BytesMut::new(),
+            forgetful: None,
         };
         let talk = Talk::new(line, Arc::new(known));
         (talk, far.unwrap().0)

@@ -27,7 +27,7 @@ use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -67,6 +67,30 @@ pub struct Told {
 /// finds it out for itself.
 const SAID: Duration = Duration::from_secs(10);
 
+impl Told {
+    fn of(told: &Mutex<Self>) -> MutexGuard<'_, Self> {
+        told.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_down_anew(&mut self, why: &'static str) -> bool {
+        let is_new = !self.down.contains(&why);
+        if is_new {
+            self.down.push(why);
+        }
+        is_new
+    }
+
+    fn is_forgetful_anew(&mut self, why: &'static str) -> bool {
+        let now = Instant::now();
+        let last = self.forgetful.get(why);
+        let is_new = last.is_none_or(|last| now.duration_since(*last) >= SAID);
+        if is_new {
+            self.forgetful.insert(why, now);
+        }
+        is_new
+    }
+}
+
 impl Shared {
     /// Asks Redis from the runtime that this is called on. Leases that have not
     /// changed are used again for that span.
@@ -78,43 +102,33 @@ impl Shared {
             self.config.redis.target()?,
             self.config.timeouts.redis,
             Known::new(span),
-            move |event| {
-                let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
-                match event {
-                    // Every thread has a connection; the first one speaks for all.
-                    Event::Up => {
-                        told.down.clear();
-                        if metrics.redis_up.inc() == 0 {
-                            tracing::info!(event = "redis", "connected to Redis at {shown}");
-                        }
+            move |event| match event {
+                // Every thread has a connection; the first one speaks for all.
+                Event::Up => {
+                    Told::of(&told).down.clear();
+                    if metrics.redis_up.inc() == 0 {
+                        tracing::info!(event = "redis", "connected to Redis at {shown}");
                     }
-                    Event::Forgetful(why) => {
-                        let now = Instant::now();
-                        let last = told.forgetful.get(why);
-                        if last.is_none_or(|last| now.duration_since(*last) >= SAID) {
-                            told.forgetful.insert(why, now);
-                            tracing::warn!(
-                                event = "redis",
-                                "leases from Redis at {shown} are asked for at each request, not remembered: {why}"
-                            );
-                        }
+                }
+                Event::Forgetful(why) => {
+                    if Told::of(&told).is_forgetful_anew(why) {
+                        tracing::warn!(
+                            event = "redis",
+                            "leases from Redis at {shown} are asked for at each request, not remembered: {why}"
+                        );
                     }
-                    Event::Lost => {
-                        if metrics.redis_up.dec() == 1 {
-                            tracing::error!(
-                                event = "redis",
-                                "the connection to Redis at {shown} is lost"
-                            );
-                        }
+                }
+                Event::Lost => {
+                    if metrics.redis_up.dec() == 1 {
+                        tracing::error!(
+                            event = "redis",
+                            "the connection to Redis at {shown} is lost"
+                        );
                     }
-                    Event::Down(why) => {
-                        if !told.down.contains(&why) {
-                            told.down.push(why);
-                            tracing::error!(
-                                event = "redis",
-                                "Redis at {shown} can't be asked: {why}"
-                            );
-                        }
+                }
+                Event::Down(why) => {
+                    if Told::of(&told).is_down_anew(why) {
+                        tracing::error!(event = "redis", "Redis at {shown} can't be asked: {why}");
                     }
                 }
             },
